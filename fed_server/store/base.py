@@ -1,0 +1,231 @@
+"""What the rounds need of a store: records, and transactions over them.
+
+A record is a frozen value; `Transaction.put` inserts or replaces the row with its key. Everything that must become true
+together is written in one transaction. Times are seconds since the epoch (UTC); they are shown, never decided upon.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+Metrics = dict[str, float]
+
+
+class RunState(StrEnum):
+    """Life of a run."""
+
+    ACTIVE = "active"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class RoundState(StrEnum):
+    """Life of a round. Each move is one transaction."""
+
+    SELECTING = "selecting"
+    TRAINING = "training"
+    AGGREGATING = "aggregating"
+    EVALUATING = "evaluating"
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+class AssignmentKind(StrEnum):
+    """What an assignment asks for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+class AssignmentState(StrEnum):
+    """Life of an assignment."""
+
+    OPEN = "open"
+    RECEIVED = "received"
+    FAILED = "failed"
+    DROPPED = "dropped"
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """An enrolled site. Key: client_id; name and enroll_request_id are unique."""
+
+    client_id: str
+    name: str
+    secret_hash: str
+    enroll_request_id: str
+    enrolled_time: float
+    has_authenticated: bool = False
+    last_seen_time: float = 0.0
+    labels: dict[str, str] = field(default_factory=dict)
+    # Workload name -> version.
+    workloads: dict[str, str] = field(default_factory=dict)
+    software_version: str = ""
+    clock_skew_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run. Key: run_id; name and request_id are unique."""
+
+    run_id: str
+    name: str
+    request_id: str
+    state: RunState
+    reason: str
+    config_toml: str
+    created_time: float
+    # BLAKE3 over the specs of version 0, hex.
+    fingerprint: str
+    num_parameters: int
+    model_bytes: int
+    finished_time: float | None = None
+    round: int = 0
+    model_version: int = 0
+    best_version: int = 0
+    best_metric: float | None = None
+    # Evaluated versions since the best one: for patience.
+    num_without_gain: int = 0
+    # Rounds that failed in a row.
+    num_failed_rounds: int = 0
+    # Seconds of the coordinator's uptime that the run has been active.
+    elapsed_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A round. Key: (run_id, round)."""
+
+    run_id: str
+    round: int
+    state: RoundState
+    reason: str
+    base_version: int
+    created_time: float
+    goal: int = 0
+    quorum: int = 0
+    # Version that it committed.
+    model_version: int | None = None
+    # Tensor name -> exponent of its grid, fixed when the round opens.
+    grid: dict[str, int] = field(default_factory=dict)
+    # Phase name -> seconds of uptime spent in it.
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AssignmentRecord:
+    """A piece of work for one client and, once received, the update or evaluation that came of it. Key: assignment_id;
+    (run_id, round, client_id, kind) is unique."""
+
+    assignment_id: str
+    run_id: str
+    round: int
+    client_id: str
+    kind: AssignmentKind
+    state: AssignmentState
+    model_version: int
+    created_time: float
+    seed: int = 0
+    reason: str = ""
+    traceback: str = ""
+    received_time: float | None = None
+    # Payload digest of the update, hex; empty until received and for evaluations.
+    digest: str = ""
+    num_examples: int = 0
+    weight: int = 0
+    num_steps: int = 0
+    is_partial: bool = False
+    training_seconds: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+    downlink_raw_bytes: int = 0
+    downlink_payload_bytes: int = 0
+    downlink_wire_bytes: int = 0
+    uplink_raw_bytes: int = 0
+    uplink_payload_bytes: int = 0
+    uplink_wire_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A committed model version. Key: (run_id, version)."""
+
+    run_id: str
+    version: int
+    round: int
+    parent_version: int
+    # BLAKE3 over the tensors' bytes in manifest order, hex: equal exactly where the models are.
+    digest: str
+    # Payload that is broadcast, hex digest and file length.
+    payload_digest: str
+    payload_bytes: int
+    file_bytes: int
+    created_time: float
+    num_updates: int = 0
+    num_examples: int = 0
+    is_available: bool = True
+    metrics: Metrics = field(default_factory=dict)
+
+
+Record = ClientRecord | RunRecord | RoundRecord | AssignmentRecord | ModelRecord
+
+
+class Transaction(Protocol):
+    """Reads and writes that become durable together, or not at all. Every read sees the transaction's own writes. A reader
+    that finds nothing returns None or an empty list; lists come in the order of their keys unless said otherwise."""
+
+    def client(self, client_id: str) -> ClientRecord | None: ...
+    def client_by_name(self, name: str) -> ClientRecord | None: ...
+    def client_by_enroll_request(self, request_id: str) -> ClientRecord | None: ...
+    def clients(self) -> list[ClientRecord]:
+        """In the order of names."""
+        ...
+
+    def run(self, run_id: str) -> RunRecord | None: ...
+    def run_by_name(self, name: str) -> RunRecord | None: ...
+    def run_by_request(self, request_id: str) -> RunRecord | None: ...
+    def runs(self, state: RunState | None = None) -> list[RunRecord]:
+        """The oldest first; with a state, only those in it."""
+        ...
+
+    def round(self, run_id: str, round: int) -> RoundRecord | None: ...
+    def rounds(self, run_id: str) -> list[RoundRecord]: ...
+
+    def assignment(self, assignment_id: str) -> AssignmentRecord | None: ...
+    def assignments(
+        self, run_id: str, round: int | None = None
+    ) -> list[AssignmentRecord]:
+        """In the order of (round, kind, client_id)."""
+        ...
+
+    def open_assignments(self, client_id: str | None = None) -> list[AssignmentRecord]:
+        """Those in state OPEN, of all clients or of one, the oldest first."""
+        ...
+
+    def model(self, run_id: str, version: int) -> ModelRecord | None: ...
+    def models(self, run_id: str) -> list[ModelRecord]: ...
+    def model_by_payload(self, payload_digest: str) -> ModelRecord | None:
+        """Any version with this payload; several runs may begin from one model."""
+        ...
+
+    def put(self, record: Record) -> None:
+        """Inserts the record, or replaces the one with its key. A second row with a unique value (a name, a request id)
+        raises ConflictError."""
+        ...
+
+
+class Store(Protocol):
+    """A durable store. Not thread-safe by contract: the app calls it from one thread."""
+
+    def transaction(self) -> AbstractContextManager[Transaction]:
+        """Opens a writing transaction; commits (durably: a power cut cannot undo it) when the block ends, rolls back when it
+        raises. A full disk raises DiskFullError, and nothing was written."""
+        ...
+
+    def close(self) -> None:
+        """Releases the store's files."""
+        ...
