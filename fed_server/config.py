@@ -1,0 +1,675 @@
+"""What a run is: `RunConfig`, written by people as TOML, validated here and nowhere else.
+
+Every table of the file is one frozen model; a choice is a union told apart by `kind`, so a new algorithm is one more class in its
+union. Unknown keys are errors. `parse_run_config` reports all problems of a file at once, each with its path, what was
+expected, what was given and the cure. The same descriptions make the commented example, the JSON schema and docs/run-config.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
+
+from fed_core.errors import ConfigError
+
+MAX_CONFIG_BYTES = 256 * 1024
+MAX_COHORT = 65_536
+MAX_LABELS = 32
+MAX_SECONDS = 366 * 24 * 3600.0
+MAX_COUNT = 2**31 - 1
+# Site names, labels and run names share one alphabet: it is safe in file names, URLs and metrics.
+WORD = r"^[a-zA-Z0-9._-]+$"
+
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+LearningRate = Annotated[float, Field(gt=0, le=1e6)]
+Factor = Annotated[float, Field(gt=0, le=10)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+LabelWord = Annotated[str, Field(min_length=1, max_length=63, pattern=WORD)]
+
+
+class ConfigTable(BaseModel):
+    """One table of the TOML file: frozen, unknown keys refused, no number read out of a string, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _refuse(problems: Mapping[str, str]) -> None:
+    """Raises one error that carries every (field, sentence) found by a cross-field check; nothing where there is none."""
+    if problems:
+        raise PydanticCustomError("cross_field", "fields contradict each other", {"problems": dict(problems)})
+
+
+class CohortConfig(ConfigTable):
+    """Who takes part in a round."""
+
+    size: int = Field(
+        ge=1,
+        le=MAX_COHORT,
+        description="Updates at which a round closes at once: its goal.",
+        examples=[3],
+    )
+    min_clients: int = Field(
+        default_factory=lambda data: data.get("size", 1),
+        ge=1,
+        le=MAX_COHORT,
+        description="Eligible clients (alive, workload installed, labels match) that must be present before a round begins. "
+        "Default: size.",
+    )
+    quorum: int = Field(
+        default_factory=lambda data: math.ceil(data.get("size", 1) * 2 / 3),
+        ge=1,
+        le=MAX_COHORT,
+        description="Updates that suffice at the deadline; with fewer the round fails. Default: two thirds of size, rounded up.",
+    )
+    over_selection: float = Field(
+        default=1.0,
+        ge=1,
+        le=10,
+        description="Clients selected per update wanted. 1.3 asks 30 % more clients than size, so that slow ones are not waited "
+        "for; their work is then dropped.",
+    )
+    labels: dict[LabelWord, LabelWord] = Field(
+        default={},
+        max_length=MAX_LABELS,
+        description="Only clients that carry all these labels with these values take part. Empty: all clients.",
+        examples=[{"region": "north"}],
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CohortConfig:
+        problems: dict[str, str] = {}
+        if self.quorum > self.size:
+            problems["quorum"] = (
+                f"expected at most size ({self.size}), got {self.quorum}; no round could close: lower quorum or raise size"
+            )
+        if self.min_clients < self.quorum:
+            problems["min_clients"] = (
+                f"expected at least quorum ({self.quorum}), got {self.min_clients}; a round would begin that cannot close: "
+                "raise min_clients or lower quorum"
+            )
+        _refuse(problems)
+        return self
+
+
+class ScheduleConfig(ConfigTable):
+    """How many rounds, and how long each may take."""
+
+    max_rounds: Count = Field(description="Rounds after which the run is finished.", examples=[10])
+    deadline_seconds: Seconds = Field(
+        default=600.0,
+        description="Seconds of the coordinator's uptime after which a round closes with what it has, if that is a quorum.",
+    )
+    time_budget_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        le=MAX_SECONDS,
+        description="Seconds of training after which a client stops and sends what it has, so that slow sites do fewer steps "
+        "instead of missing the round. 0: no budget.",
+    )
+    max_failed_rounds: Count = Field(default=3, description="Failed rounds in a row after which the run fails.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.time_budget_seconds >= self.deadline_seconds:
+            _refuse(
+                {
+                    "time_budget_seconds": f"expected less than deadline_seconds ({self.deadline_seconds:g}), got "
+                    f"{self.time_budget_seconds:g}; the round would close before a client could send: lower it, or raise "
+                    "deadline_seconds"
+                }
+            )
+        return self
+
+
+class EpochsConfig(ConfigTable):
+    """Local work counted in passes over the site's data."""
+
+    kind: Literal["epochs"] = Field(default="epochs", description="Count passes over the local data.")
+    epochs: Count = Field(default=1, description="Passes over the local data.")
+
+
+class StepsConfig(ConfigTable):
+    """Local work counted in optimizer steps: the same for every site, however much data it has."""
+
+    kind: Literal["steps"] = Field(default="steps", description="Count optimizer steps; the data is cycled.")
+    steps: Count = Field(description="Optimizer steps.", examples=[100])
+
+
+class _OptimizerTable(ConfigTable):
+    learning_rate: LearningRate = Field(default=0.001, description="Step size of the first round.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=1e3, description="Weight decay: L2 for sgd and adam, decoupled for adamw."
+    )
+    epoch_decay: Factor = Field(
+        default=1.0, description="Factor on the learning rate after every local epoch. 1: none."
+    )
+    round_decay: Factor = Field(
+        default=1.0,
+        description="Factor on the learning rate after every round: round r uses learning_rate * round_decay^(r-1).",
+    )
+
+
+class SgdConfig(_OptimizerTable):
+    """torch.optim.SGD at the sites."""
+
+    kind: Literal["sgd"] = Field(default="sgd", description="torch.optim.SGD.")
+    learning_rate: LearningRate = Field(default=0.1, description="Step size of the first round.")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum coefficient.")
+
+
+class AdamConfig(_OptimizerTable):
+    """torch.optim.Adam at the sites."""
+
+    kind: Literal["adam"] = Field(default="adam", description="torch.optim.Adam.")
+    momentum: ClassVar[float] = 0.0
+
+
+class AdamWConfig(_OptimizerTable):
+    """torch.optim.AdamW at the sites."""
+
+    kind: Literal["adamw"] = Field(default="adamw", description="torch.optim.AdamW.")
+    weight_decay: float = Field(
+        default=0.01, ge=0, le=1e3, description="Weight decay: L2 for sgd and adam, decoupled for adamw."
+    )
+    momentum: ClassVar[float] = 0.0
+
+
+LocalWorkConfig = Annotated[EpochsConfig | StepsConfig, Field(discriminator="kind")]
+OptimizerConfig = Annotated[SgdConfig | AdamConfig | AdamWConfig, Field(discriminator="kind")]
+OverridableField = Literal["batch_size", "learning_rate", "local_work", "optimizer"]
+
+
+class TrainingConfig(ConfigTable):
+    """What a client does with the model it receives."""
+
+    local_work: LocalWorkConfig = Field(default=EpochsConfig(), description="How long a client trains in a round.")
+    batch_size: int = Field(default=32, ge=1, le=2**20, description="Examples per optimizer step.")
+    overridable: Annotated[tuple[OverridableField, ...], Strict(False)] = Field(
+        default=(),
+        description="What a site may replace by its own settings. Empty: the plan is exact.",
+        examples=[["batch_size"]],
+    )
+    num_threads: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="CPU threads that torch uses at every site. Fixed, because floating-point sums depend on it.",
+    )
+    optimizer: OptimizerConfig = Field(default=SgdConfig(), description="How a client steps.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if len(set(self.overridable)) != len(self.overridable):
+            _refuse({"overridable": f"expected each name once, got {_show(self.overridable)}; delete the repetition"})
+        return self
+
+
+class MergeConfig(ConfigTable):
+    """What becomes of tensors with a certain name, instead of the rule for their role."""
+
+    pattern: str = Field(
+        min_length=1,
+        max_length=512,
+        description="Shell pattern (*, ?, [...]) on the tensor's name in the state dict. The first rule that matches counts.",
+        examples=["*.running_var"],
+    )
+    rule: Literal["mean", "maximum", "keep"] = Field(
+        description="mean: weighted mean over the updates; maximum: elementwise; keep: stays as it is in the base version.",
+        examples=["mean"],
+    )
+
+
+class MeanConfig(ConfigTable):
+    """Weighted mean of the updates, summed exactly: no arrival order changes a bit."""
+
+    kind: Literal["mean"] = Field(default="mean", description="Weighted mean.")
+    weighting: Literal["examples", "uniform", "custom"] = Field(
+        default="examples",
+        description="Weight of an update: its number of examples, 1, or the whole number that the workload gives.",
+    )
+    max_weight: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**40,
+        description="Largest weight that is accepted; an update with more is refused by name. Smaller means a finer mean. Unset: "
+        "as much as the resolution allows, at most 2^20.",
+        examples=[100_000],
+    )
+    merge: Annotated[tuple[MergeConfig, ...], Strict(False)] = Field(
+        default=(),
+        max_length=1024,
+        description="Exceptions to the merge rules of buffers and integer tensors, tried from the top.",
+        examples=[[{"pattern": "*.num_batches_tracked", "rule": "maximum"}]],
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MeanConfig:
+        if self.weighting == "uniform" and self.max_weight is not None:
+            _refuse({"max_weight": 'has no effect with weighting = "uniform", where every weight is 1; delete it'})
+        return self
+
+
+class ServerSgdConfig(ConfigTable):
+    """The next model is the last plus learning_rate times the mean update."""
+
+    kind: Literal["sgd"] = Field(default="sgd", description="Adds the mean update times the learning rate.")
+    learning_rate: LearningRate = Field(default=1.0, description="Factor on the mean update. 1 is federated averaging.")
+
+
+class EvaluationConfig(ConfigTable):
+    """How model versions are measured."""
+
+    at: Literal["clients", "coordinator", "both", "none"] = Field(
+        default="clients",
+        description="Whose data: that of the clients (mean weighted by examples), the coordinator's own, both, or no evaluation.",
+    )
+    every: Count = Field(default=1, description="Rounds from one evaluation to the next.")
+    metric: str = Field(
+        default="accuracy",
+        min_length=1,
+        max_length=100,
+        pattern=r"^[a-z0-9_.]+$",
+        description="Metric of the workload that decides which version is best, and that [stop] watches.",
+    )
+    direction: Literal["max", "min"] = Field(default="max", description="Whether more or less of the metric is better.")
+    deadline_seconds: Seconds = Field(
+        default=120.0, description="Seconds that clients have to evaluate; who is late is left out of the mean."
+    )
+    batch_size: int = Field(default=256, ge=1, le=2**20, description="Examples per batch when evaluating.")
+
+
+class StopConfig(ConfigTable):
+    """What ends a run before max_rounds."""
+
+    target: float | None = Field(
+        default=None,
+        description="Value of evaluation.metric at which the run is finished. Unset: none.",
+        examples=[0.95],
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="Evaluations in a row without a new best after which the run is finished. Unset: no limit.",
+        examples=[5],
+    )
+    max_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds of the coordinator's uptime after which the run is finished, at the end of a round. Unset: "
+        "no limit.",
+        examples=[3600.0],
+    )
+
+
+class RawConfig(ConfigTable):
+    """Tensors travel as they are."""
+
+    kind: Literal["raw"] = Field(default="raw", description="Lossless, no compression.")
+
+
+class KeepConfig(ConfigTable):
+    """How long files live."""
+
+    versions: Count = Field(default=3, description="Newest model versions kept, besides the best one.")
+
+
+class RunConfig(ConfigTable):
+    """A run, whole."""
+
+    name: str = Field(
+        min_length=1,
+        max_length=64,
+        pattern=WORD,
+        description="Name of the run, unique at the coordinator.",
+        examples=["digits"],
+    )
+    workload: str = Field(
+        min_length=1,
+        max_length=100,
+        description="Name of the workload that the sites have installed.",
+        examples=["digits"],
+    )
+    workload_version: str = Field(
+        default="", max_length=100, description="Version that the sites must have. Empty: any."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=2**63 - 1,
+        description="Seed of version 0, of the cohorts and of the clients' random numbers. Recorded with the run.",
+    )
+    cohort: CohortConfig = Field(description="Who takes part in a round.")
+    schedule: ScheduleConfig = Field(description="How many rounds, and how long each may take.")
+    training: TrainingConfig = Field(
+        default=TrainingConfig(), description="What a client does with the model it receives."
+    )
+    aggregation: MeanConfig = Field(default=MeanConfig(), description="How updates become one.")
+    server_optimizer: ServerSgdConfig = Field(
+        default=ServerSgdConfig(), description="How the combined update becomes the next model."
+    )
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="How model versions are measured.")
+    stop: StopConfig = Field(default=StopConfig(), description="What ends the run before max_rounds.")
+    codec: RawConfig = Field(default=RawConfig(), description="How tensors are encoded on the wire.")
+    keep: KeepConfig = Field(default=KeepConfig(), description="How long model versions are kept.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        problems: dict[str, str] = {}
+        if self.evaluation.at == "none":
+            for field in ("target", "patience"):
+                if getattr(self.stop, field) is not None:
+                    problems[f"stop.{field}"] = (
+                        'needs a measured metric, and evaluation.at is "none"; delete it, or set evaluation.at to "clients"'
+                    )
+        _refuse(problems)
+        return self
+
+
+def parse_run_config(text: str) -> RunConfig:
+    """Reads a run config. Raises ConfigError that lists every problem in lines `path: expected ..., got ...; cure`."""
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"the run config is longer than {MAX_CONFIG_BYTES:,} bytes; it is meant to be read by people")
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_explain_syntax(error, text)) from None
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        lines = [line for details in error.errors(include_url=False) for line in _explain(details)]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError("\n  ".join([f"{count} in the run config", *lines])) from None
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of the TOML document, for editors and for checks before submission."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | RunConfig.model_json_schema()
+
+
+def example_config() -> str:
+    """A complete config with every option explained; the options that are commented out have no value by default."""
+    document = {"name": "digits", "workload": "digits", "cohort": {"size": 3}, "schedule": {"max_rounds": 10}}
+    return _write(RunConfig.model_validate(document), comments=True)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config with every default written out; `parse_run_config` gives back an equal one."""
+    return _write(config, comments=False)
+
+
+# Writing TOML. The standard library only reads it; a config has a handful of shapes.
+
+
+def _write(config: RunConfig, *, comments: bool) -> str:
+    return "\n".join(_table("", config, comments=comments)).strip() + "\n"
+
+
+def _table(path: str, table: ConfigTable, *, comments: bool) -> Iterator[str]:
+    subtables: list[tuple[str, FieldInfo, ConfigTable]] = []
+    # The kind comes first: it says which keys follow.
+    for name, field in sorted(type(table).model_fields.items(), key=lambda item: item[0] != "kind"):
+        value = getattr(table, name)
+        if isinstance(value, ConfigTable):
+            subtables.append((f"{path}.{name}" if path else name, field, value))
+            continue
+        if comments:
+            yield from _comment(field)
+        if value is None or (comments and field.examples and not value):
+            if comments:
+                yield f"# {name} = {_value(field.examples[0])}" if field.examples else f"# {name} ="
+        else:
+            yield f"{name} = {_value(value)}"
+        if comments:
+            yield ""
+    for subpath, field, value in subtables:
+        yield ""
+        if comments:
+            yield from _comment(field)
+        lines = list(_table(subpath, value, comments=comments))
+        yield from [f"[{subpath}]", *lines] if any(lines) else []
+
+
+def _comment(field: FieldInfo) -> list[str]:
+    text = field.description or ""
+    kinds = union_members(field)
+    if len(kinds) > 1:
+        text += f" One of {', '.join(kinds)}; each has its own keys."
+    elif limits := describe_range(field):
+        text += f" ({limits})"
+    return [f"# {line}" for line in textwrap.wrap(text, 98, break_on_hyphens=False)]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str):
+        # A TOML basic string is a JSON string but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, ConfigTable):
+        return _value({name: getattr(value, name) for name in type(value).model_fields})
+    if isinstance(value, Mapping):
+        items = (f"{json.dumps(key)} = {_value(item)}" for key, item in value.items())
+        return "{ " + ", ".join(items) + " }" if value else "{}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    raise TypeError(f"a run config holds no {type(value).__name__}")
+
+
+# Reading the models: which keys there are, what they may be.
+
+
+def union_members(field: FieldInfo) -> dict[str, type[ConfigTable]]:
+    """The tables that a field may hold, by kind; one without a `kind` stands under the empty string, none for a plain value."""
+    candidates = get_args(field.annotation) or (field.annotation,)
+    tables = [arg for arg in candidates if isinstance(arg, type) and issubclass(arg, ConfigTable)]
+    return {str(table.model_fields["kind"].default) if "kind" in table.model_fields else "": table for table in tables}
+
+
+def describe_range(field: FieldInfo) -> str:
+    """What a plain value may be, in words, such as "1 to 65536", "one of max, min", "more than 0"; empty for free text."""
+    annotation = _without_none(field.annotation)
+    if choices := get_args(annotation):
+        if all(isinstance(choice, str) for choice in choices):
+            return f"one of {', '.join(choices)}" if len(choices) > 1 else ""
+        inner = get_args(choices[0])
+        if inner and all(isinstance(choice, str) for choice in inner):
+            return f"any of {', '.join(inner)}"
+        return ""
+    limits = {key: limit for item in field.metadata for key, limit in _limits(item)}
+    if annotation not in (int, float):
+        return ""
+    low = _number(limits.get("ge", limits.get("gt", 0)))
+    high = _number(limits.get("le", limits.get("lt", math.inf)))
+    if "ge" in limits and "le" in limits and limits["le"] < MAX_COUNT:
+        return f"{low} to {high}"
+    bounds = [f"at least {low}"] if "ge" in limits else [f"more than {low}"] if "gt" in limits else []
+    if "lt" in limits:
+        bounds.append(f"less than {high}")
+    elif limits.get("le", math.inf) < MAX_COUNT:  # beyond, the limit only keeps numbers in their fields on the wire
+        bounds.append(f"at most {high}")
+    return ", ".join(bounds)
+
+
+def _limits(constraint: object) -> Iterator[tuple[str, float]]:
+    for item in (constraint, *getattr(constraint, "metadata", ())):
+        for key in ("ge", "gt", "le", "lt"):
+            if (limit := getattr(item, key, None)) is not None:
+                yield key, limit
+
+
+def _without_none(annotation: Any) -> Any:
+    args = get_args(annotation)
+    return next(arg for arg in args if arg is not type(None)) if type(None) in args else annotation
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
+
+
+def option_paths(table: type[ConfigTable] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
+    """Every option as (path, kind that it belongs to or "", field), tables before what is in them."""
+    kind = str(table.model_fields["kind"].default) if "kind" in table.model_fields else ""
+    for name, field in table.model_fields.items():
+        yield f"{prefix}{name}", kind, field
+        for member in union_members(field).values():
+            yield from option_paths(member, f"{prefix}{name}.")
+
+
+# Explaining what is wrong.
+
+
+def _explain_syntax(error: tomllib.TOMLDecodeError, text: str) -> str:
+    message = str(error)
+    match = re.search(r"\(at line (\d+), column (\d+)\)", message)
+    lines = text.splitlines()
+    if match is None or not 1 <= int(match[1]) <= len(lines):
+        return f"the run config is not TOML: {message}"
+    line = lines[int(match[1]) - 1]
+    what = message[: match.start()].strip()
+    return (
+        f"the run config is not TOML: line {match[1]}, column {match[2]}: {what}\n"
+        f"  {line}\n  {' ' * (int(match[2]) - 1)}^"
+    )
+
+
+def _explain(details: ErrorDetails) -> list[str]:
+    """One line per problem in one of pydantic's errors."""
+    kind, context = details["type"], details.get("ctx", {})
+    path, table, field = _locate(details["loc"])
+    got = f"got {_show(details['input'])}"
+    if kind == "default_factory_not_called":  # only follows from another problem
+        return []
+    if kind == "cross_field":
+        prefix = f"{path}." if path else ""
+        return [f"{prefix}{name}: {sentence}" for name, sentence in context["problems"].items()]
+    if kind == "extra_forbidden":
+        return [f"{path}: {_explain_unknown(path, table)}"]
+    if kind == "missing":
+        return [f"{path}: is missing; {_explain_missing(path, field)}"]
+    if kind == "union_tag_not_found" and field is not None:
+        return [f"{path}: has no kind; add kind = {_alternatives(union_members(field))}"]
+    if kind == "union_tag_invalid" and field is not None:
+        tag = str(context["tag"])
+        return [
+            f"{path}.kind: expected {_alternatives(union_members(field))}, got {_show(tag)}{_nearest(tag, union_members(field))}"
+        ]
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        return [f"{path}: expected {_alternatives(choices)}, {got}{_nearest(details['input'], choices)}"]
+    return [f"{path}: expected {_expected(details, field)}, {got}"]
+
+
+def _locate(loc: Sequence[int | str]) -> tuple[str, type[ConfigTable], FieldInfo | None]:
+    """Path of an error as it stands in the file, the table that it is in, and the field; the field is None for an unknown
+    key. pydantic's own location also names the member of a union, which no file does."""
+    table: type[ConfigTable] = RunConfig
+    field: FieldInfo | None = None
+    path = ""
+    parts = list(loc)
+    while parts:
+        part = parts.pop(0)
+        if part == "[key]":  # pydantic's word for "the key itself is wrong"
+            continue
+        if isinstance(part, int):
+            path += f"[{part}]"
+            continue
+        if field is not None and (members := union_members(field)):
+            if part in members and len(members) > 1:
+                table, field = members[str(part)], None
+                continue
+            table, field = next(iter(members.values())), None
+        path += f".{part}" if path else part
+        if field is not None:  # a key of a plain mapping, such as labels
+            continue
+        field = table.model_fields.get(part)
+    return path, table, field
+
+
+def _explain_unknown(path: str, table: type[ConfigTable]) -> str:
+    *_, name = path.split(".")
+    here = list(table.model_fields)
+    if near := difflib.get_close_matches(name, here, n=1):
+        return f"there is no such key; did you mean {near[0]!r}?"
+    everywhere = {option: kind for option, kind, _ in option_paths()}
+    same_name = [option for option in everywhere if option.rsplit(".", 1)[-1] == name]
+    if same_name:
+        option = same_name[0]
+        needs = f', which needs kind = "{everywhere[option]}"' if option == path else ""
+        return f"there is no such key here; did you mean {option!r}{needs}?"
+    near = difflib.get_close_matches(name, [option.rsplit(".", 1)[-1] for option in everywhere], n=1)
+    if near:
+        option = next(option for option in everywhere if option.rsplit(".", 1)[-1] == near[0])
+        return f"there is no such key here; did you mean {option!r}?"
+    return f"there is no such key; the keys here are {', '.join(here)}"
+
+
+def _explain_missing(path: str, field: FieldInfo | None) -> str:
+    table, _, name = path.rpartition(".")
+    if field is not None and (members := union_members(field)):
+        required = [key for key, option in next(iter(members.values())).model_fields.items() if option.is_required()]
+        return f"add a table [{path}] with {', '.join(required)}"
+    example = _value(field.examples[0]) if field is not None and field.examples else "..."
+    return f"write {name} = {example}" + (f" under [{table}]" if table else " at the top of the file")
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text in quotes",
+    "bool_type": "true or false",
+    "tuple_type": "an array [...]",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+
+
+def _expected(details: ErrorDetails, field: FieldInfo | None) -> str:
+    kind, context = details["type"], details.get("ctx", {})
+    if kind in _TYPES:
+        limits = describe_range(field) if field is not None else ""
+        return _TYPES[kind] + (f", {limits}" if limits else "")
+    if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than") and field is not None:
+        return describe_range(field)
+    if kind == "string_pattern_mismatch":
+        allowed = str(context["pattern"]).strip("^$+").strip("[]")
+        return f"only characters of {allowed}"
+    if kind in ("string_too_short", "string_too_long", "too_long", "too_short", "dict_too_long"):
+        return details["msg"].removeprefix("String should have ").removeprefix("Dictionary should have ")
+    return details["msg"][:1].lower() + details["msg"][1:]
+
+
+def _alternatives(choices: Sequence[str] | Mapping[str, object]) -> str:
+    quoted = [f'"{choice}"' for choice in choices]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def _nearest(value: object, choices: Sequence[str] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def _show(value: object) -> str:
+    """A value as one would write it in the file, cut to a line."""
+    if value is PydanticUndefined:
+        return "nothing"
+    try:
+        text = _value(value)
+    except TypeError:
+        text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
