@@ -245,6 +245,14 @@ class MeanConfig(ConfigTable):
         "as much as the resolution allows, at most 2^20.",
         examples=[100_000],
     )
+    bound: float | None = Field(
+        default=None,
+        gt=0,
+        le=2.0**64,
+        description="Largest absolute value that an update may hold in any tensor, rounded up to a power of two; an update with "
+        "more is refused by name. Unset: 8 times the largest value of the tensor at hand, at least 1/2.",
+        examples=[16.0],
+    )
     merge: Annotated[tuple[MergeConfig, ...], Strict(False)] = Field(
         default=(),
         max_length=1024,
@@ -271,9 +279,12 @@ class EvaluationConfig(ConfigTable):
 
     at: Literal["clients", "coordinator", "both", "none"] = Field(
         default="clients",
-        description="Whose data: that of the clients (mean weighted by examples), the coordinator's own, both, or no evaluation.",
+        description="Whose data: that of the clients (mean weighted by examples), the coordinator's own, both, or no evaluation. "
+        'With both, the coordinator\'s metrics are named "coordinator.accuracy" and so on.',
     )
-    every: Count = Field(default=1, description="Rounds from one evaluation to the next.")
+    every: Count = Field(
+        default=1, description="Rounds from one evaluation to the next; the last round is always evaluated."
+    )
     metric: str = Field(
         default="accuracy",
         min_length=1,
