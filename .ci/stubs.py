@@ -59,7 +59,11 @@ def main() -> None:
         generate(Path(folder))
         lines = differences(ROOT, Path(folder))
     if lines:
-        print("The stubs under protos/ are not those of the .proto files; `make proto` writes them anew:", *lines, sep="\n  ")
+        print(
+            "The stubs under protos/ are not those of the .proto files; `make proto` writes them anew:",
+            *lines,
+            sep="\n  ",
+        )
         sys.exit(1)
     print(f"The {len(stubs(ROOT))} stubs are those of the .proto files.")
 
