@@ -41,7 +41,7 @@ class RawCodec:
 
     def encode(self, head: bytes | None, tile: Tensor) -> memoryview:
         """A view of the tile's memory; no copy."""
-        return memoryview(_memory(tile))
+        return _memory(tile).data
 
     def decode(self, head: bytes | memoryview | None, body: bytes | memoryview, out: Tensor) -> None:
         """One copy into `out`. Raises PayloadError on a wrong length and on a bool that is neither 0 nor 1."""

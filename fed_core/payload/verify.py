@@ -8,7 +8,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from fed_core.errors import CorruptError, PayloadError
-from fed_core.payload.limits import MAX_BODY_BYTES, PREAMBLE_BYTES
+from fed_core.payload.frames import CHUNK_BYTES, plan_chunks
+from fed_core.payload.limits import PREAMBLE_BYTES
 from fed_core.payload.manifest import Manifest, Preamble, SegmentSpan, parse_manifest, parse_preamble
 
 OnManifest = Callable[[Manifest], None]
@@ -19,8 +20,8 @@ class SegmentVerifier:
     """Takes the bytes of one payload in order, in chunks of any size, and checks each part as soon as it is whole.
 
     `on_manifest` is called once, before any segment is taken, and `on_segment` with the bytes of each segment that verified;
-    the view is good until the call returns. What they raise ends the verification. Memory: the manifest, and with `on_segment`
-    the longest segment that arrived in more than one chunk.
+    the view is good until the call returns. What they raise ends the verification. Memory: the manifest, and the longest
+    segment that arrived in more than one chunk.
 
     `verified` goes on where an earlier verification stopped: it is what `verify_prefix` returned, and the next byte fed must be
     the one at that offset.
@@ -41,9 +42,8 @@ class SegmentVerifier:
         self._on_segment = on_segment
         self._start = bytearray()  # preamble and manifest, until the manifest is whole
         self._preamble: Preamble | None = None
-        self._hasher = blake3()
         self._joined = bytearray()  # a segment that arrives in several chunks
-        self._num_taken = 0  # bytes taken of the segment at hand
+        self._num_joined = 0
         self._is_broken = False
         self.verified_offset, self.manifest = verified
         """End of the last part that verified, 0 before the manifest has; and the manifest, once it has."""
@@ -58,6 +58,16 @@ class SegmentVerifier:
     def is_complete(self) -> bool:
         """Whether the whole payload has arrived and verified."""
         return self.manifest is not None and self.verified_offset == self.manifest.total_bytes
+
+    @property
+    def num_wanted(self) -> int:
+        """Bytes still missing from the part at hand: preamble, manifest or segment; 0 when complete."""
+        if self.manifest is None:
+            num_manifest = self._preamble.manifest_bytes if self._preamble is not None else 0
+            return PREAMBLE_BYTES + num_manifest - len(self._start)
+        if self._next_segment == len(self.manifest.segments):
+            return 0
+        return self.manifest.segments[self._next_segment].length - self._num_joined
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Takes the next bytes.
@@ -84,10 +94,9 @@ class SegmentVerifier:
         return self.manifest
 
     def _take_start(self, view: memoryview) -> int:
-        wanted = PREAMBLE_BYTES + (self._preamble.manifest_bytes if self._preamble is not None else 0)
-        num_bytes = min(wanted - len(self._start), len(view))
+        num_bytes = min(self.num_wanted, len(view))
         self._start += view[:num_bytes]
-        if len(self._start) < wanted:
+        if self.num_wanted:
             return num_bytes
         if self._preamble is None:
             self._preamble = parse_preamble(self._start)
@@ -114,26 +123,26 @@ class SegmentVerifier:
         if self._next_segment == len(manifest.segments):
             raise PayloadError(f"bytes follow the end of the payload at {manifest.total_bytes}")
         span = manifest.segments[self._next_segment]
-        part = view[: span.length - self._num_taken]
-        self._hasher.update(part)
-        is_joined = len(part) < span.length
-        if is_joined and self._on_segment is not None:
+        part = view[: span.length - self._num_joined]
+        segment = part
+        if len(part) < span.length:
+            # Joined first and hashed whole: the callback wants it in one piece, and BLAKE3 does not mind.
             if len(self._joined) < span.length:
                 self._joined = bytearray(span.length)
-            self._joined[self._num_taken : self._num_taken + len(part)] = part
-        self._num_taken += len(part)
-        if self._num_taken < span.length:
-            return len(part)
-        if self._hasher.digest() != span.digest:
+            segment = memoryview(self._joined)[: span.length]
+            segment[self._num_joined : self._num_joined + len(part)] = part
+            self._num_joined += len(part)
+            if self._num_joined < span.length:
+                return len(part)
+        if blake3(segment).digest() != span.digest:
+            name = manifest.tensors[span.tensor_index].spec.name
             raise CorruptError(
-                f"the bytes {span.offset} to {span.end} of tensor {manifest.tensors[span.tensor_index].spec.name!r} do not match "
-                f"their digest; send them again",
+                f"the bytes {span.offset} to {span.end} (tensor {name!r}) do not match their digest; send them again",
                 offset=span.offset,
             )
         if self._on_segment is not None:
-            self._on_segment(span, memoryview(self._joined)[: span.length] if is_joined else part)
-        self._hasher.reset()
-        self._num_taken = 0
+            self._on_segment(span, segment)
+        self._num_joined = 0
         self._next_segment += 1
         self.verified_offset = span.end
         return len(part)
@@ -174,7 +183,14 @@ def verify_file(
 
 
 def _feed_file(verifier: SegmentVerifier, path: Path) -> None:
-    buffer = memoryview(bytearray(MAX_BODY_BYTES))
+    """Feeds a file in reads that end with its segments, so that none has to be joined."""
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(buffer):
+        while verifier.manifest is None:
+            num_bytes = file.readinto(buffer[: min(verifier.num_wanted, CHUNK_BYTES)])
+            if not num_bytes:
+                return
             verifier.feed(buffer[:num_bytes])
+        for _, length in plan_chunks(verifier.manifest, verifier.verified_offset):
+            verifier.feed(buffer[: file.readinto(buffer[:length])])
+        verifier.feed(file.read(1))
