@@ -253,6 +253,14 @@ class MeanConfig(ConfigTable):
         "more is refused by name. Unset: 8 times the largest value of the tensor at hand, at least 1/2.",
         examples=[16.0],
     )
+    bound: float | None = Field(
+        default=None,
+        gt=0,
+        le=2.0**100,
+        description="Largest absolute value that an update may hold; one with more is refused by name. Unset: 8 times the largest "
+        "value of the tensor in the base model, at least 0.5 for parameters and 1024 for buffers.",
+        examples=[16.0],
+    )
     merge: Annotated[tuple[MergeConfig, ...], Strict(False)] = Field(
         default=(),
         max_length=1024,

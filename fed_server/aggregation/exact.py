@@ -1,0 +1,48 @@
+"""Sums that do not depend on their order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# 2**16 float64 are 512 KiB: the scratch tile stays in the second-level cache.
+TILE = 2**16
+
+
+class ExactSum:
+    """A weighted sum of real tensors, held as whole multiples of 2**exponent in float64.
+
+    Law: any sequence of `add`, `subtract` and `merge` that stands for the same multiset of (values, weight) gives the same bits.
+    It holds as long as the absolute sum stays below 2**53 steps, which the grid's policy promises.
+
+    Memory: 8 bytes an element, and one tile of scratch.
+    """
+
+    def __init__(self, num_elements: int, exponent: int) -> None:
+        self.exponent = exponent
+        self._steps = torch.zeros(num_elements, dtype=torch.float64)
+        self._scratch = torch.empty(min(num_elements, TILE), dtype=torch.float64)
+
+    def add(self, first: int, values: Tensor, weight: int) -> None:
+        """Adds weight * values to the coordinates from `first` on. `values` is 1-D and floating; `weight` may be negative to
+        take a contribution out again. The product is exact for values of up to 24 bits and weights below 2**29, so the only
+        rounding is the one to the grid."""
+        # Scaling a whole number by a power of two is exact.
+        scale = float(weight) * 2.0**-self.exponent
+        for start in range(0, len(values), TILE):
+            tile = values[start : start + TILE]
+            scratch = self._scratch[: len(tile)]
+            scratch.copy_(tile)
+            scratch.mul_(scale).round_()
+            self._steps[first + start : first + start + len(tile)].add_(scratch)
+
+    def merge(self, other: ExactSum) -> None:
+        """Adds another partial sum of the same coordinates on the same grid."""
+        if other.exponent != self.exponent or len(other._steps) != len(self._steps):
+            raise ValueError("partial sums merge only on the same grid")
+        self._steps.add_(other._steps)
+
+    def mean(self, first: int, count: int, total_weight: int) -> Tensor:
+        """The sum divided by `total_weight`, float64, for `count` coordinates from `first` on."""
+        tile = self._steps[first : first + count] * 2.0**self.exponent
+        return tile.div_(float(total_weight))

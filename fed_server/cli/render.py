@@ -1,0 +1,651 @@
+"""What `fedctl` shows: protos in, rich renderables out. Pure, but for the clock that is passed in."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from fedstream.v1 import common_pb2, runs_pb2
+
+WATCHED_ROUNDS = 12
+WATCHED_CLIENTS = 16
+# Narrower than this a table drops what can be had from `run report`.
+WIDE = 96
+
+_RUN_STATES = {
+    runs_pb2.RUN_STATE_ACTIVE: ("active", "cyan"),
+    runs_pb2.RUN_STATE_FINISHED: ("finished", "green"),
+    runs_pb2.RUN_STATE_FAILED: ("failed", "red"),
+    runs_pb2.RUN_STATE_CANCELLED: ("cancelled", "yellow"),
+}
+_ROUND_STATES = {
+    runs_pb2.ROUND_STATE_SELECTING: ("selecting", "yellow"),
+    runs_pb2.ROUND_STATE_TRAINING: ("training", "cyan"),
+    runs_pb2.ROUND_STATE_AGGREGATING: ("aggregating", "cyan"),
+    runs_pb2.ROUND_STATE_EVALUATING: ("evaluating", "cyan"),
+    runs_pb2.ROUND_STATE_COMMITTED: ("committed", "green"),
+    runs_pb2.ROUND_STATE_FAILED: ("failed", "red"),
+}
+_PHASES = {
+    common_pb2.WORK_PHASE_UNSPECIFIED: "waiting",
+    common_pb2.WORK_PHASE_QUEUED: "queued",
+    common_pb2.WORK_PHASE_DOWNLOADING: "downloading",
+    common_pb2.WORK_PHASE_TRAINING: "training",
+    common_pb2.WORK_PHASE_EVALUATING: "evaluating",
+    common_pb2.WORK_PHASE_SPOOLED: "spooled",
+    common_pb2.WORK_PHASE_UPLOADING: "uploading",
+}
+_BULK_PHASES = (common_pb2.WORK_PHASE_DOWNLOADING, common_pb2.WORK_PHASE_UPLOADING)
+_UNITS = {common_pb2.WORK_PHASE_TRAINING: "steps", common_pb2.WORK_PHASE_EVALUATING: "examples"}
+_FINISHED_ROUNDS = (runs_pb2.ROUND_STATE_COMMITTED, runs_pb2.ROUND_STATE_FAILED)
+_PHASE_NAMES = ("selecting", "training", "aggregating", "evaluating")
+
+
+# Numbers, each in as few characters as tell it apart.
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, three significant digits: "1.66 MB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{count:.{max(0, 2 - int(math.log10(max(count, 1))))}f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A span: "0.4 s", "12 s", "3:07", "2:14:09"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_metric(value: float) -> str:
+    """A metric to four digits."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4 or not math.isfinite(value):
+        return f"{value:.4f}"
+    return f"{value:.3e}"
+
+
+def format_time(time: Timestamp, now: float) -> str:
+    """How long ago, or the date where that is more than a day."""
+    if not time.seconds:
+        return "never"
+    age = now - time.seconds - time.nanos / 1e9
+    if age < 90:
+        return f"{max(0, age):.0f} s ago"
+    if age < 5400:
+        return f"{age / 60:.0f} min ago"
+    if age < 36 * 3600:
+        return f"{age / 3600:.0f} h ago"
+    return datetime.fromtimestamp(time.seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def metrics_of(metrics: Iterable[common_pb2.Metric]) -> dict[str, float]:
+    """Metrics by name."""
+    return {metric.name: metric.value for metric in metrics}
+
+
+def first_line(text: str) -> str:
+    """The sentence of a reason, without the traceback that may follow."""
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def watched_metric(run: runs_pb2.Run) -> str:
+    """The metric that the run's config watches."""
+    try:
+        name = tomllib.loads(run.config_toml).get("evaluation", {}).get("metric", "accuracy")
+    except (tomllib.TOMLDecodeError, AttributeError):  # shown all the same
+        return "accuracy"
+    return str(name)
+
+
+def loss_of(metrics: Mapping[str, float]) -> float | None:
+    """The loss on evaluation data, else that of training."""
+    return metrics.get("loss", metrics.get("train.loss"))
+
+
+def _metric_text(value: float | None) -> str:
+    return "" if value is None else format_metric(value)
+
+
+def _seconds_of(round: runs_pb2.Round) -> dict[str, float]:
+    return {phase.phase: phase.seconds for phase in round.seconds}
+
+
+def _table(*columns: Column, title: str | None = None, footer: bool = False) -> Table:
+    return Table(
+        *columns,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        header_style="dim",
+        footer_style="bold",
+        show_footer=footer,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def _number(header: str, footer: str = "", **options: object) -> Column:
+    return Column(header, footer=footer, justify="right", no_wrap=True, **options)  # type: ignore[arg-type]
+
+
+def _word(header: str, footer: str = "", *, max_width: int | None = None) -> Column:
+    return Column(header, footer=footer, no_wrap=True, overflow="ellipsis", max_width=max_width)
+
+
+def _run_state(run: runs_pb2.Run) -> Text:
+    name, style = _RUN_STATES.get(run.state, ("unknown", "dim"))
+    return Text(f"● {name}", style=style)
+
+
+def _round_state(round: runs_pb2.Round) -> Text:
+    name, style = _ROUND_STATES.get(round.state, ("unknown", "dim"))
+    return Text(name, style=style)
+
+
+# Lists
+
+
+def runs_table(runs: Sequence[runs_pb2.Run], now: float) -> RenderableType:
+    """`fedctl run list`."""
+    if not runs:
+        return Text("No runs yet. Submit one: fedctl run submit CONFIG.toml --workload SOURCE", style="dim")
+    table = _table(
+        _word("run"), _word("id"), Column("state", no_wrap=True), _number("round"), _number("version"), _word("metric"),
+        _word("submitted"), Column("why", overflow="ellipsis", no_wrap=True, ratio=1),
+    )  # fmt: skip
+    for run in runs:
+        metrics = metrics_of(run.metrics)
+        metric = watched_metric(run)
+        shown = f"{metric} {format_metric(metrics[metric])}" if metric in metrics else ""
+        table.add_row(
+            Text(run.name, style="bold"), Text(run.run_id, style="dim"), _run_state(run), f"{run.round}/{run.max_rounds}",
+            str(run.model_version), shown, format_time(run.created_time, now), Text(first_line(run.reason), style="dim"),
+        )  # fmt: skip
+    return table
+
+
+def clients_table(clients: Sequence[runs_pb2.Client], now: float) -> RenderableType:
+    """`fedctl client list`."""
+    if not clients:
+        return Text(
+            "No client has enrolled yet. At a site: fed-client run --server HOST:PORT --join-token TOKEN ...",
+            style="dim",
+        )
+    table = _table(
+        _word("client"), Column("alive", no_wrap=True), _word("last seen"), _number("work"), Column("workloads"),
+        Column("labels"), _word("software"), _number("clock"),
+    )  # fmt: skip
+    for client in clients:
+        alive = Text("● yes", style="green") if client.is_alive else Text("○ no", style="red")
+        skew = client.clock_skew_seconds
+        table.add_row(
+            Text(client.name, style="bold"),
+            alive,
+            format_time(client.last_seen_time, now),
+            str(client.num_open_assignments),
+            ", ".join(f"{offer.name} {offer.version}".strip() for offer in client.workloads),
+            ", ".join(f"{key}={value}" for key, value in sorted(client.labels.items())),
+            client.software_version,
+            Text(f"{skew:+.1f} s", style="yellow" if abs(skew) > 60 else ""),
+        )
+    return table
+
+
+def models_table(models: Sequence[runs_pb2.ModelVersion], now: float) -> RenderableType:
+    """`fedctl model list`. A star marks the best version."""
+    names = _metric_names([metrics_of(model.metrics) for model in models])
+    table = _table(
+        _number("version"), Column("", no_wrap=True), _number("round"), _number("parent"),
+        *(_number(name) for name in names),
+        _number("updates"), _number("examples"), _number("file"), _word("committed"), _word("digest", max_width=12),
+    )  # fmt: skip
+    for model in models:
+        metrics = metrics_of(model.metrics)
+        table.add_row(
+            str(model.version),
+            Text("★", style="yellow") if model.is_best else "",
+            str(model.round) if model.round else "",
+            str(model.parent_version) if model.parent_version >= 0 else "",
+            *(_metric_text(metrics.get(name)) for name in names),
+            str(model.num_updates),
+            str(model.num_examples),
+            format_bytes(model.file_bytes) if model.is_available else Text("gone", style="dim"),
+            format_time(model.created_time, now),
+            Text(model.digest.hex()[:12], style="dim"),
+            style="" if model.is_available else "dim",
+        )
+    return table
+
+
+def _metric_names(measured: Iterable[Mapping[str, float]], most: int = 3) -> list[str]:
+    """Names in the order of first sight, training metrics last; at most a few columns of them."""
+    names = list(dict.fromkeys(name for metrics in measured for name in metrics))
+    return sorted(names, key=lambda name: name.startswith("train."))[:most]
+
+
+def model_summary(model: runs_pb2.ModelVersion) -> RenderableType:
+    """`fedctl model best`."""
+    grid = _facts()
+    grid.add_row("version", str(model.version))
+    for name, value in metrics_of(model.metrics).items():
+        grid.add_row(name, format_metric(value))
+    if model.round:
+        grid.add_row("round", f"{model.round}, from version {model.parent_version}")
+        grid.add_row("made of", f"{model.num_updates} updates, {model.num_examples:,} examples")
+    grid.add_row("file", format_bytes(model.file_bytes) if model.is_available else "no longer kept")
+    grid.add_row("digest", model.digest.hex())
+    return grid
+
+
+def _facts() -> Table:
+    grid = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2, 0, 0))
+    return grid
+
+
+# One run
+
+
+def run_header(run: runs_pb2.Run) -> RenderableType:
+    """Name, state, how far, and why."""
+    line = Text.assemble((run.name, "bold"), "  ", _run_state(run))
+    line.append(f"  round {run.round} of {run.max_rounds}, version {run.model_version}")
+    if run.best_version:
+        line.append(f", best {run.best_version}")
+    for name, value in metrics_of(run.metrics).items():
+        if name in (watched_metric(run), "loss"):
+            line.append(f"  {name} {format_metric(value)}", style="bold" if name != "loss" else "")
+    return Group(line, Text(first_line(run.reason), style="dim")) if run.reason else line
+
+
+def run_details(response: runs_pb2.GetRunResponse, now: float, width: int) -> RenderableType:
+    """`fedctl run show`."""
+    run = response.run
+    grid = _facts()
+    grid.add_row("id", run.run_id)
+    grid.add_row("workload", f"{run.workload.name} {run.workload.version}".strip())
+    grid.add_row("model", f"{run.num_parameters:,} elements")
+    grid.add_row("seed", str(run.seed))
+    grid.add_row("submitted", format_time(run.created_time, now))
+    if run.HasField("finished_time"):
+        grid.add_row("ended", format_time(run.finished_time, now))
+    parts: list[RenderableType] = [run_header(run), Text(), grid]
+    if response.HasField("round"):
+        view = WatchView().updated(runs_pb2.WatchRunResponse(run=run, rounds=[response.round]), now)
+        parts += [Text(), rounds_table(view, width), *round_parts(view, now, width)]
+    return Group(*parts)
+
+
+@dataclass(frozen=True)
+class WatchView:
+    """What is known of a watched run: every message makes a new one, so that it can be drawn from another thread."""
+
+    run: runs_pb2.Run | None = None
+    rounds: dict[int, runs_pb2.Round] = field(default_factory=dict)
+    received_time: float = 0.0
+    note: str = ""
+
+    def updated(self, message: runs_pb2.WatchRunResponse, now: float) -> WatchView:
+        """With what a message says. A round that comes without its clients keeps those that are known."""
+        rounds = dict(self.rounds)
+        for round in message.rounds:
+            known = rounds.get(round.round)
+            if known is not None and known.clients and not round.clients:
+                merged = runs_pb2.Round()
+                merged.CopyFrom(round)
+                merged.clients.extend(known.clients)
+                round = merged
+            rounds[round.round] = round
+        return WatchView(message.run, rounds, now)
+
+    def noting(self, note: str) -> WatchView:
+        """With a line for the reader below the tables; empty for none."""
+        return replace(self, note=note)
+
+    @property
+    def newest(self) -> runs_pb2.Round | None:
+        """The round that is on, or was last."""
+        return self.rounds[max(self.rounds)] if self.rounds else None
+
+
+def watch_screen(view: WatchView, now: float, width: int, height: int) -> RenderableType:
+    """`fedctl run watch`, one frame."""
+    if view.run is None:
+        return Text(view.note or "connecting ...", style="dim")
+    most_clients = max(3, min(WATCHED_CLIENTS, height - WATCHED_ROUNDS - 12))
+    parts: list[RenderableType] = [run_header(view.run)]
+    if view.rounds:
+        parts += [Text(), rounds_table(view, width), *round_parts(view, now, width, most_clients)]
+    if view.note:
+        parts += [Text(), Text(view.note, style="yellow")]
+    return Padding(Group(*parts), (0, 1, 0, 0))
+
+
+def rounds_table(view: WatchView, width: int) -> RenderableType:
+    """The last rounds, one line each."""
+    assert view.run is not None
+    metric = watched_metric(view.run)
+    columns = [
+        _number("round"), Column("state", no_wrap=True, min_width=11), _number("version"), _number(metric, min_width=6),
+        _number("loss", min_width=6), _number("updates"), _number("down", min_width=7), _number("up", min_width=7),
+        _number("time", min_width=5),
+    ]  # fmt: skip
+    if width >= WIDE:
+        columns.append(Column("why", no_wrap=True, overflow="ellipsis", ratio=1, style="dim"))
+    table = _table(*columns)
+    for number in sorted(view.rounds)[-WATCHED_ROUNDS:]:
+        round = view.rounds[number]
+        metrics = metrics_of(round.metrics)
+        row = [
+            str(number), _round_state(round), str(round.model_version) if round.model_version else "",
+            Text(_metric_text(metrics.get(metric)), style="bold"), _metric_text(loss_of(metrics)), _updates(round),
+            _moved(round.downlink), _moved(round.uplink), _time_of(round),
+        ]  # fmt: skip
+        table.add_row(*row, *([first_line(round.reason)] if width >= WIDE else []))
+    return table
+
+
+def _updates(round: runs_pb2.Round) -> str:
+    if not round.clients:
+        return f"–/{round.goal}" if round.goal else ""
+    return f"{_num_received(round)}/{round.goal}"
+
+
+def _num_received(
+    round: runs_pb2.Round, kind: common_pb2.AssignmentKind.ValueType = common_pb2.ASSIGNMENT_KIND_TRAIN
+) -> int:
+    return sum(
+        client.assignment_kind == kind and client.state == runs_pb2.ASSIGNMENT_STATE_RECEIVED
+        for client in round.clients
+    )
+
+
+def _moved(traffic: runs_pb2.Traffic) -> str:
+    return format_bytes(traffic.wire_bytes) if traffic.wire_bytes else ""
+
+
+def _time_of(round: runs_pb2.Round) -> str:
+    seconds = sum(_seconds_of(round).values())
+    return format_seconds(seconds) if seconds else ""
+
+
+def round_parts(view: WatchView, now: float, width: int, most_clients: int = WATCHED_CLIENTS) -> list[RenderableType]:
+    """The newest round: what it waits for, and its clients one by one."""
+    round = view.newest
+    if round is None:
+        return []
+    age = max(0.0, now - view.received_time)
+    line = Text.assemble((f"Round {round.round}", "bold"), "  ", _round_state(round))
+    if round.reason:
+        line.append(f"  {first_line(round.reason)}", style="dim")
+    parts: list[RenderableType] = [line]
+    left = round.deadline_seconds - age
+    if round.state not in _FINISHED_ROUNDS and round.deadline_seconds > 0 and left > 0:
+        line.append(f"  {format_seconds(left)} to the deadline", style="dim")
+    clients = _current_clients(round)
+    if clients:
+        parts.append(_clients_of_round(clients, round, age, width, most_clients))
+    parts += [
+        Text.assemble(("✗ ", "red"), (client.client_name, "bold"), f": {first_line(client.reason)}")
+        for client in clients
+        if client.state == runs_pb2.ASSIGNMENT_STATE_FAILED and client.reason
+    ][:5]
+    return parts
+
+
+def _current_clients(round: runs_pb2.Round) -> list[runs_pb2.RoundClient]:
+    """Those who evaluate while the round evaluates, else those who train."""
+    evaluates = round.state == runs_pb2.ROUND_STATE_EVALUATING
+    kind = common_pb2.ASSIGNMENT_KIND_EVALUATE if evaluates else common_pb2.ASSIGNMENT_KIND_TRAIN
+    return [client for client in round.clients if client.assignment_kind == kind] or list(round.clients)
+
+
+def _clients_of_round(
+    clients: Sequence[runs_pb2.RoundClient], round: runs_pb2.Round, age: float, width: int, most: int
+) -> RenderableType:
+    # What still moves is worth a line before what is done.
+    order = (runs_pb2.ASSIGNMENT_STATE_OPEN, runs_pb2.ASSIGNMENT_STATE_FAILED)
+    shown = sorted(clients, key=lambda client: order.index(client.state) if client.state in order else 9)[:most]
+    if len(shown) == len(clients):
+        shown = list(clients)
+    is_over = round.state in _FINISHED_ROUNDS
+    table = _table(
+        Column("", no_wrap=True), _word("client", max_width=24 if width >= WIDE else 14), Column("phase", no_wrap=True),
+        Column("progress", min_width=10, ratio=1, max_width=40), _number("%"), _number("done"), _number("left"), _number("loss"),
+    )  # fmt: skip
+    for client in shown:
+        loss = metrics_of(client.metrics).get("loss")
+        table.add_row(*_doing(client, age, is_over), _metric_text(loss))
+    if len(shown) == len(clients):
+        return table
+    hidden = [_describe_state(client) for client in clients if client not in shown]
+    counts = ", ".join(f"{hidden.count(state)} {state}" for state in dict.fromkeys(hidden))
+    return Group(table, Text(f"and {len(hidden)} more: {counts}", style="dim"))
+
+
+def _doing(client: runs_pb2.RoundClient, age: float, is_over: bool) -> list[RenderableType]:
+    """Mark, name, phase, bar, percentage, amount, ETA."""
+    name = Text(client.client_name, style="bold" if client.is_alive or is_over else "dim")
+    phase = _describe_state(client)
+    if client.state == runs_pb2.ASSIGNMENT_STATE_RECEIVED:
+        amount = f"{client.num_examples:,} ex." if client.num_examples else ""
+        if client.is_partial:
+            phase += " (partial)"
+        bar = ProgressBar(total=1, completed=1, complete_style="green", finished_style="green")
+        return [Text("✓", style="green"), name, Text(phase, style="green"), bar, "100", amount, ""]
+    if client.state == runs_pb2.ASSIGNMENT_STATE_FAILED:
+        return [Text("✗", style="red"), name, Text(phase, style="red"), "", "", "", ""]
+    if client.state == runs_pb2.ASSIGNMENT_STATE_DROPPED:
+        return [Text("–", style="dim"), name, Text(phase, style="dim"), "", "", "", ""]
+    mark = Text("●", style="green") if client.is_alive else Text("○", style="red")
+    if not client.is_alive:
+        phase = "silent"
+    if client.total <= 0:
+        return [mark, name, phase, "", "", "", ""]
+    share = min(1.0, client.done / client.total)
+    eta = client.eta_seconds - age
+    return [
+        mark, name, phase, ProgressBar(total=1, completed=share, complete_style="cyan", finished_style="cyan"), f"{100 * share:.0f}",
+        _amount(client), format_seconds(max(0.0, eta)) if client.eta_seconds >= 0 else "",
+    ]  # fmt: skip
+
+
+def _describe_state(client: runs_pb2.RoundClient) -> str:
+    if client.state == runs_pb2.ASSIGNMENT_STATE_RECEIVED:
+        return "evaluated" if client.assignment_kind == common_pb2.ASSIGNMENT_KIND_EVALUATE else "received"
+    if client.state == runs_pb2.ASSIGNMENT_STATE_FAILED:
+        return "failed"
+    if client.state == runs_pb2.ASSIGNMENT_STATE_DROPPED:
+        return "dropped"
+    return _PHASES.get(client.phase, "waiting")
+
+
+def _amount(client: runs_pb2.RoundClient) -> str:
+    if client.phase in _BULK_PHASES:
+        return f"{format_bytes(client.done)} of {format_bytes(client.total)}"
+    return f"{client.done:,}/{client.total:,} {_UNITS.get(client.phase, '')}".rstrip()
+
+
+def round_line(round: runs_pb2.Round, metric: str) -> str:
+    """A round in one line of plain text, for logs."""
+    state, _ = _ROUND_STATES.get(round.state, ("unknown", ""))
+    parts = []
+    if round.model_version:
+        parts.append(f"version {round.model_version}")
+    metrics = metrics_of(round.metrics)
+    parts += [
+        f"{name} {format_metric(metrics[name])}"
+        for name in dict.fromkeys((metric, "loss", "train.loss"))
+        if name in metrics
+    ]
+    if round.clients and round.state != runs_pb2.ROUND_STATE_SELECTING:
+        parts.append(f"{_updates(round)} updates")
+    if round.state in _FINISHED_ROUNDS:
+        if round.downlink.wire_bytes or round.uplink.wire_bytes:
+            parts.append(f"{format_bytes(round.downlink.wire_bytes)} down, {format_bytes(round.uplink.wire_bytes)} up")
+        if seconds := _time_of(round):
+            parts.append(seconds)
+    if round.reason and round.state in (runs_pb2.ROUND_STATE_SELECTING, runs_pb2.ROUND_STATE_FAILED):
+        parts.append(first_line(round.reason))
+    return f"round {round.round} {state}" + (f": {', '.join(parts)}" if parts else "")
+
+
+def run_line(run: runs_pb2.Run) -> str:
+    """A run in one line of plain text, for logs."""
+    state, _ = _RUN_STATES.get(run.state, ("unknown", ""))
+    return f"run {run.name} {state}" + (f": {first_line(run.reason)}" if run.reason else "")
+
+
+# The report
+
+
+def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
+    """`fedctl run report`."""
+    run = response.run
+    best = next((model for model in response.models if model.is_best), None)
+    parts: list[RenderableType] = [run_header(run), Text()]
+    if response.rounds:
+        parts += [_report_rounds(response, width), _report_traffic(response), _report_clients(response)]
+    grid = _facts()
+    grid.add_row("ended" if run.HasField("finished_time") else "now", first_line(run.reason) or "still going on")
+    if best is not None:
+        measured = ", ".join(f"{name} {format_metric(value)}" for name, value in metrics_of(best.metrics).items())
+        grid.add_row("best", f"version {best.version}" + (f" ({measured})" if measured else ""))
+        if best.is_available:
+            grid.add_row("", Text(f"fedctl model download {run.name} --version best", style="dim"))
+    parts.append(grid)
+    return Group(*parts)
+
+
+def _report_rounds(response: runs_pb2.GetReportResponse, width: int) -> Table:
+    metric = watched_metric(response.run)
+    totals = {name: sum(_seconds_of(round).get(name, 0.0) for round in response.rounds) for name in _PHASE_NAMES}
+    short = width < WIDE
+    table = _table(
+        _number("round", "total"), Column("state", no_wrap=True), _number("version"), _number(metric), _number("loss"),
+        _number("clients"),
+        *(_number(name[: 6 if short else None].removesuffix("ing"), format_seconds(totals[name])) for name in _PHASE_NAMES),
+        _number("time", format_seconds(sum(totals.values()))),
+        title="Rounds",
+        footer=True,
+    )  # fmt: skip
+    for round in response.rounds:
+        metrics, seconds = metrics_of(round.metrics), _seconds_of(round)
+        table.add_row(
+            str(round.round), _round_state(round), str(round.model_version) if round.model_version else "",
+            Text(_metric_text(metrics.get(metric)), style="bold"), _metric_text(loss_of(metrics)), _updates(round),
+            *(format_seconds(seconds[name]) if name in seconds else "" for name in _PHASE_NAMES), _time_of(round),
+        )  # fmt: skip
+    return table
+
+
+def _report_traffic(response: runs_pb2.GetReportResponse) -> Table:
+    down, up = response.downlink, response.uplink
+    table = _table(
+        _number("round", "total"),
+        *(
+            _number(f"{arrow} {name}" if name == "raw" else name, value)
+            for arrow, traffic in (("↓", down), ("↑", up))
+            for name, value in zip(("raw", "payload", "wire", "ratio"), _traffic(traffic), strict=True)
+        ),
+        title="Traffic  (↓ to the clients, ↑ from them; ratio = raw / payload)",
+        footer=True,
+    )
+    for round in response.rounds:
+        table.add_row(str(round.round), *_traffic(round.downlink), *_traffic(round.uplink))
+    return table
+
+
+def _traffic(traffic: runs_pb2.Traffic) -> list[str]:
+    ratio = f"{traffic.raw_bytes / traffic.payload_bytes:.2f}" if traffic.payload_bytes else ""
+    amounts = (traffic.raw_bytes, traffic.payload_bytes, traffic.wire_bytes)
+    return [*(format_bytes(amount) if amount else "" for amount in amounts), ratio]
+
+
+@dataclass
+class _ClientTotals:
+    received: int = 0
+    failed: int = 0
+    dropped: int = 0
+    evaluated: int = 0
+    partial: int = 0
+    examples: int = 0
+    training_seconds: float = 0.0
+    down: int = 0
+    up: int = 0
+    reason: str = ""
+
+
+def client_totals(rounds: Iterable[runs_pb2.Round]) -> dict[str, _ClientTotals]:
+    """What each client did in all rounds, by name; `examples` is that of its last update."""
+    totals: dict[str, _ClientTotals] = {}
+    for round in rounds:
+        for client in round.clients:
+            of = totals.setdefault(client.client_name, _ClientTotals())
+            of.down += client.downlink.wire_bytes
+            of.up += client.uplink.wire_bytes
+            of.training_seconds += client.training_seconds
+            if client.state == runs_pb2.ASSIGNMENT_STATE_FAILED:
+                of.failed += 1
+                of.reason = f"round {round.round}: {first_line(client.reason)}"
+            elif client.state == runs_pb2.ASSIGNMENT_STATE_DROPPED:
+                of.dropped += 1
+                of.reason = of.reason or f"round {round.round}: {first_line(client.reason)}"
+            elif client.state != runs_pb2.ASSIGNMENT_STATE_RECEIVED:
+                continue
+            elif client.assignment_kind == common_pb2.ASSIGNMENT_KIND_EVALUATE:
+                of.evaluated += 1
+            else:
+                of.received += 1
+                of.partial += client.is_partial
+                of.examples = client.num_examples
+    return dict(sorted(totals.items()))
+
+
+def _report_clients(response: runs_pb2.GetReportResponse) -> RenderableType:
+    totals = client_totals(response.rounds)
+    shown: list[tuple[str, Callable[[_ClientTotals], float], Callable[[float], str]]] = [
+        ("updates", lambda of: of.received, _count),
+        ("partial", lambda of: of.partial, _count),
+        ("failed", lambda of: of.failed, _count),
+        ("dropped", lambda of: of.dropped, _count),
+        ("evals", lambda of: of.evaluated, _count),
+        ("examples", lambda of: of.examples, _count),
+        ("training", lambda of: of.training_seconds, format_seconds),
+        ("↓ wire", lambda of: of.down, format_bytes),
+        ("↑ wire", lambda of: of.up, format_bytes),
+    ]
+    table = _table(
+        _word("client", "total", max_width=24),
+        *(_number(name, text(sum(value(of) for of in totals.values()))) for name, value, text in shown),
+        title="Clients",
+        footer=True,
+    )
+    for name, of in totals.items():
+        table.add_row(Text(name, style="bold"), *(text(value(of)) if value(of) else "" for _, value, text in shown))
+    reasons = [Text.assemble((f"{name} ", "bold"), (of.reason, "dim")) for name, of in totals.items() if of.reason]
+    return Group(table, *reasons, Text())
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"

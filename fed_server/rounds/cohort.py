@@ -1,0 +1,84 @@
+"""Who takes part in a round, and with which seeds: pure functions of the run's seed.
+
+Draws go by the sites' names, not by their ids: a run repeated on a new coordinator with the same sites gives the same cohorts and,
+where the data is the same, the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from math import ceil
+
+from blake3 import blake3
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(blake3("\0".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def draw(seed: int, round: int, names: Collection[str], count: int) -> list[str]:
+    """`count` of the names (all where there are fewer), chosen by a hash of (seed, round); in the order of names."""
+    ranked = sorted(names, key=lambda name: (_hash("cohort", seed, round, name), name))
+    return sorted(ranked[:count])
+
+
+def client_seed(seed: int, round: int, name: str) -> int:
+    """Seed of everything random at a site in a round, 0 to 2**63 - 1."""
+    return _hash("client", seed, round, name) >> 1
+
+
+def num_selected(size: int, over_selection: float) -> int:
+    """Clients to select so that about `size` come through."""
+    return ceil(size * over_selection)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The population as one run sees it. `alive` have the workload, match the labels and called within the lease; of these `busy`
+    train for some run, and `reserved` are owed to a run whose turn comes earlier. `unlike` are alive but do not match, name to
+    reason; `expected` matched before the coordinator's last stop and have not called since."""
+
+    alive: frozenset[str]
+    busy: frozenset[str] = frozenset()
+    reserved: frozenset[str] = frozenset()
+    expected: frozenset[str] = frozenset()
+    unlike: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A cohort, or none and what is waited for. `waits_for_busy`: enough clients are there, but at work elsewhere."""
+
+    cohort: tuple[str, ...]
+    reason: str
+    waits_for_busy: bool = False
+
+
+def select(
+    candidates: Candidates, *, seed: int, round: int, size: int, over_selection: float, min_clients: int, is_settling: bool
+) -> Selection:
+    """The cohort of a round, or the reason why it cannot be chosen yet.
+
+    Right after a start (`is_settling`) the clients that were there before are waited for, so that a restart does not shrink the
+    cohort.
+    """
+    alive = candidates.alive
+    if is_settling and candidates.expected:
+        return Selection((), f"waiting for {_some(candidates.expected)} to call again after the coordinator's start")
+    if len(alive) < min_clients:
+        unlike = "".join(f"; {name} {why}" for name, why in candidates.unlike[:3])
+        here = f"{len(alive)} alive ({_some(alive)})" if alive else "none alive"
+        return Selection((), f"waiting for {min_clients} clients with the workload and labels of the run: {here}{unlike}")
+    free = alive - candidates.busy - candidates.reserved
+    needed = min(size, len(alive))
+    if len(free) < needed:
+        taken = alive - free
+        return Selection((), f"waiting for {needed} free clients: {_some(taken)} at work for another run", waits_for_busy=True)
+    cohort = draw(seed, round, free, num_selected(size, over_selection))
+    return Selection(tuple(cohort), f"selected {len(cohort)} of {len(alive)} clients")
+
+
+def _some(names: Collection[str], most: int = 5) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -1,0 +1,535 @@
+"""All runs together: who is there, whose turn it is, what each client should be doing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fed_core.errors import (
+    ConflictError,
+    NotFoundError,
+    UnavailableError,
+    WrongPhaseError,
+)
+from fed_core.payload.manifest import Manifest
+from fed_core.payload.reader import PayloadReader
+from fed_core.specs import fingerprint
+from fed_server.aggregation.merge_rules import merge_rules
+from fed_server.config import RunConfig, parse_run_config
+from fed_server.rounds.cohort import Candidates, Selection, select
+from fed_server.rounds.membership import Presence
+from fed_server.rounds.run import Facilities, LiveRun, run_grid_policy
+from fed_server.rounds.signal import Signal
+from fed_server.rounds.version import payload_tile, write_version
+from fed_server.store.base import (
+    AssignmentKind,
+    AssignmentRecord,
+    AssignmentState,
+    ClientRecord,
+    Metrics,
+    ModelRecord,
+    RoundState,
+    RunRecord,
+    RunState,
+    Transaction,
+)
+
+logger = logging.getLogger(__name__)
+
+# After a start, clients that were there before have this long to call again before a cohort is drawn without them.
+SETTLE_SECONDS = 10.0
+
+# Presence is written down at least this often, for `client list` and for the next start.
+_SAVE_PRESENCE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Desired:
+    """What a client should be doing, and what it may forget."""
+
+    assignments: tuple[AssignmentRecord, ...]
+    dropped: tuple[tuple[str, str], ...]
+    idle_reason: str = ""
+
+
+class Coordinator:
+    """The service's state. Everything here runs on the event loop; what blocks goes to the workers."""
+
+    def __init__(self, facilities: Facilities) -> None:
+        self._facilities = facilities
+        self._runs: dict[str, LiveRun] = {}
+        self._drivers: dict[str, asyncio.Task[None]] = {}
+        self._clients: dict[str, ClientRecord] = {}
+        self._ids: dict[str, str] = {}
+        # client id -> assignment id -> assignment: what each client should be doing.
+        self._open: dict[str, dict[str, AssignmentRecord]] = {}
+        self._signals: dict[str, Signal] = {}
+        self._saved_presence: dict[str, float] = {}
+        self._turns = 0
+        # Held from the publication of a file until the transaction that refers to it, and by whoever deletes unreferenced files.
+        self.files_lock = asyncio.Lock()
+        self.is_draining = False
+
+    # Life
+
+    async def start(self) -> None:
+        """Reloads what is unfinished, sweeps orphans, and goes on."""
+
+        def read(tx: Transaction) -> tuple[list[ClientRecord], list[RunRecord]]:
+            return tx.clients(), tx.runs(RunState.ACTIVE)
+
+        clients, runs = await self._facilities.workers.store(read)
+        for client in clients:
+            self.remember_client(client)
+        for record in runs:
+            await self._adopt(record, parse_run_config(record.config_toml))
+        await self.collect_garbage()
+
+    async def drain(self) -> None:
+        """Gives out no more work."""
+        self.is_draining = True
+        for signal in self._signals.values():
+            signal.notify()
+
+    async def stop(self) -> None:
+        """Ends the drivers where they stand; the store has everything."""
+        for task in self._drivers.values():
+            task.cancel()
+        await asyncio.gather(*self._drivers.values(), return_exceptions=True)
+
+    async def _adopt(self, record: RunRecord, config: RunConfig) -> LiveRun:
+        run = LiveRun(self._facilities, self, record, config)
+        await run.load()
+        self._runs[record.run_id] = run
+        self.assignments_changed(run.open_assignments())
+        task = asyncio.create_task(self._drive(run), name=f"run {record.name}")
+        self._drivers[record.run_id] = task
+        return run
+
+    async def _drive(self, run: LiveRun) -> None:
+        try:
+            await run.drive()
+        finally:
+            self._drivers.pop(run.run_id, None)
+            if run.record.state is not RunState.ACTIVE:
+                self._runs.pop(run.run_id, None)
+                self._wake_runs()
+                await self.collect_garbage()
+
+    # Clients
+
+    def remember_client(self, client: ClientRecord) -> None:
+        """Takes note of an enrolled client."""
+        self._clients[client.client_id] = client
+        self._ids[client.name] = client.client_id
+
+    def client(self, client_id: str) -> ClientRecord | None:
+        """An enrolled client."""
+        return self._clients.get(client_id)
+
+    def clients(self) -> list[ClientRecord]:
+        """All of them, in the order of names."""
+        return sorted(self._clients.values(), key=lambda client: client.name)
+
+    def is_alive(self, client_id: str) -> bool:
+        """Whether the client called within the lease."""
+        return self._facilities.membership.is_alive(client_id, self._facilities.clock.monotonic())
+
+    def num_open(self, client_id: str) -> int:
+        """Assignments that the client should be working on."""
+        return len(self._open.get(client_id, {}))
+
+    async def poll(
+        self,
+        client_id: str,
+        held: Mapping[str, str],
+        wait_seconds: float,
+        *,
+        labels: Mapping[str, str],
+        workloads: Mapping[str, str],
+        software_version: str,
+        clock_skew_seconds: float,
+    ) -> Desired:
+        """The full desired set of a client: at once where it differs from what the client holds, else when it begins to, or after
+        the wait. Raises UnavailableError while draining."""
+        await self._note_presence(client_id, labels, workloads, software_version, clock_skew_seconds)
+        for assignment_id, phase in held.items():
+            if self._facilities.membership.progress(assignment_id) is None:
+                self._facilities.membership.report(assignment_id, self._facilities.clock.monotonic(), phase, 0, 0)
+        signal = self._signals.setdefault(client_id, Signal())
+        end = self._facilities.clock.monotonic() + wait_seconds
+        while True:
+            if self.is_draining:
+                raise UnavailableError("the coordinator is stopping; it will be back")
+            seen = signal.count
+            desired = self._open.get(client_id, {})
+            left = end - self._facilities.clock.monotonic()
+            if set(desired) != set(held) or left <= 0:
+                break
+            await signal.wait(seen, left)
+        gone = [assignment_id for assignment_id in held if assignment_id not in desired]
+        dropped = await self._facilities.workers.store(lambda tx: [_why_dropped(tx, a) for a in gone]) if gone else []
+        idle = "" if desired else self._idle_reason(client_id)
+        return Desired(tuple(desired.values()), tuple(zip(gone, dropped, strict=True)), idle)
+
+    async def _note_presence(
+        self,
+        client_id: str,
+        labels: Mapping[str, str],
+        workloads: Mapping[str, str],
+        software_version: str,
+        clock_skew_seconds: float,
+    ) -> None:
+        now = self._facilities.clock.monotonic()
+        is_news = self._facilities.membership.announce(client_id, now, labels, workloads)
+        if is_news or now - self._saved_presence.get(client_id, -_SAVE_PRESENCE_SECONDS) >= _SAVE_PRESENCE_SECONDS:
+            self._saved_presence[client_id] = now
+            client = replace(
+                self._clients[client_id],
+                has_authenticated=True,
+                last_seen_time=self._facilities.clock.now(),
+                labels=dict(labels),
+                workloads=dict(workloads),
+                software_version=software_version,
+                clock_skew_seconds=clock_skew_seconds,
+            )
+            self._clients[client_id] = client
+            await self._facilities.workers.store(lambda tx: tx.put(client))
+        if is_news:
+            self._wake_runs()
+
+    def _idle_reason(self, client_id: str) -> str:
+        presence = self._facilities.membership.presence(client_id)
+        waiting = []
+        for run in self._runs.values():
+            mismatch = _mismatch(run.config, presence) if presence else None
+            waiting.append(f"run {run.record.name}: {f'this site {mismatch}' if mismatch else run.reason}")
+        return "; ".join(waiting) or "there is no active run"
+
+    # Assignments
+
+    def assignment(self, client_id: str, assignment_id: str) -> AssignmentRecord:
+        """One of the client's assignments in the rounds that are open. Raises NotFoundError for any other, or another client's."""
+        for run in self._runs.values():
+            assignment = run.assignments.get(assignment_id)
+            if assignment is not None and assignment.client_id == client_id:
+                return assignment
+        raise NotFoundError(f"assignment {assignment_id!r} is not one of yours, or is over; poll again")
+
+    def run_of(self, assignment: AssignmentRecord) -> LiveRun:
+        """The run that an open assignment belongs to."""
+        run = self._runs.get(assignment.run_id)
+        if run is None:
+            raise NotFoundError(f"run {assignment.run_id} is over")
+        return run
+
+    def report_progress(self, client_id: str, assignment_id: str, phase: str, done: int, total: int, metrics: Metrics) -> str:
+        """Notes progress and renews the lease. Returns why the work should stop, or an empty string."""
+        now, membership = self._facilities.clock.monotonic(), self._facilities.membership
+        membership.renew(client_id, now)
+        try:
+            assignment = self.assignment(client_id, assignment_id)
+        except NotFoundError as error:
+            return str(error)
+        if assignment.state is AssignmentState.OPEN:
+            membership.report(assignment_id, now, phase, done, total, metrics)
+            self._runs[assignment.run_id].changed.notify()
+            return ""
+        return "" if assignment.state is AssignmentState.RECEIVED else assignment.reason
+
+    async def report_failure(self, client_id: str, assignment_id: str, reason: str, traceback: str) -> None:
+        """Records that a client gave up. A repeat, or a word about a round that is over, changes nothing."""
+        try:
+            assignment = self.assignment(client_id, assignment_id)
+        except NotFoundError:
+            await self._check_owner(client_id, assignment_id)
+            return
+        await self.run_of(assignment).receive_failure(assignment_id, reason, traceback)
+
+    async def report_evaluation(self, client_id: str, assignment_id: str, num_examples: int, metrics: Metrics) -> None:
+        """Records an evaluation; a repeat changes nothing."""
+        assignment = self.assignment(client_id, assignment_id)
+        if assignment.kind is not AssignmentKind.EVALUATE:
+            raise WrongPhaseError("this assignment asks for an update, not for an evaluation; upload one")
+        await self.run_of(assignment).receive_evaluation(assignment_id, num_examples, metrics)
+
+    async def finished_assignment(self, client_id: str, assignment_id: str) -> AssignmentRecord:
+        """One of the client's assignments, whatever became of it. Raises NotFoundError for any other."""
+        return await self._check_owner(client_id, assignment_id)
+
+    async def _check_owner(self, client_id: str, assignment_id: str) -> AssignmentRecord:
+        found = await self._facilities.workers.store(lambda tx: tx.assignment(assignment_id))
+        if found is None or found.client_id != client_id:
+            raise NotFoundError(f"assignment {assignment_id!r} is not one of yours; poll again")
+        return found
+
+    # Runs
+
+    async def create_run(self, config_toml: str, request_id: str, model_path: Path) -> tuple[RunRecord, list[str]]:
+        """Makes a run of a config and version 0 (a verified payload file). Nothing exists until it returns. A repeat with the same
+        request id gives the first run. Raises ConfigError, ConflictError, NotFiniteError."""
+        config = parse_run_config(config_toml)
+        workers, files = self._facilities.workers, self._facilities.files
+
+        def find(tx: Transaction) -> tuple[RunRecord | None, RunRecord | None]:
+            return tx.run_by_request(request_id), tx.run_by_name(config.name)
+
+        same_request, same_name = await workers.store(find)
+        if same_request is not None:
+            return same_request, []
+        if same_name is not None:
+            raise ConflictError(
+                f"a run named {config.name!r} exists already ({same_name.state.value}); choose another name in the config"
+            )
+        policy = run_grid_policy(config)
+        run_id = self._facilities.new_id()
+        path = files.model_path(run_id, 0)
+        model_part, payload_part = files.temporary(path), files.temporary(path.with_suffix(".payload"))
+
+        def make() -> tuple[RunRecord, ModelRecord]:
+            with PayloadReader(model_path) as payload:
+                manifest = payload.manifest
+                merge_rules(manifest.specs, [(m.pattern, m.rule) for m in config.aggregation.merge])
+                _require_disk(self._facilities, manifest, config)
+                made = write_version(
+                    manifest.specs,
+                    payload_tile(payload),
+                    model_part,
+                    payload_part,
+                    run_id=run_id,
+                    version=0,
+                    codec=config.codec.kind,
+                )
+            now = self._facilities.clock.now()
+            record = RunRecord(
+                run_id=run_id,
+                name=config.name,
+                request_id=request_id,
+                state=RunState.ACTIVE,
+                reason="submitted",
+                config_toml=config_toml,
+                created_time=now,
+                fingerprint=fingerprint(manifest.specs).hex(),
+                num_parameters=sum(spec.num_elements for spec in manifest.specs),
+                model_bytes=manifest.raw_bytes,
+            )
+            model = ModelRecord(
+                run_id=run_id,
+                version=0,
+                round=0,
+                parent_version=-1,
+                digest=made.digest,
+                payload_digest=made.payload_digest,
+                payload_bytes=made.payload_bytes,
+                file_bytes=made.file_bytes,
+                created_time=now,
+            )
+            return record, model
+
+        record, model = await workers.compute(make)
+        async with self.files_lock:
+            await workers.disk(files.publish, model_part, path)
+            await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
+
+            def write(tx: Transaction) -> None:
+                tx.put(record)
+                tx.put(model)
+
+            await workers.store(write)
+        run = await self._adopt(record, config)
+        notices = [
+            f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
+        ]
+        candidates = self._candidates(run)
+        if len(candidates.alive) < config.cohort.min_clients:
+            chosen = self._choose(run, candidates)
+            notices.append(f"not enough clients yet: {chosen.reason}")
+        logger.info("run created", extra={"run": config.name, "run_id": run_id, "parameters": record.num_parameters})
+        return record, notices
+
+    def live_run(self, run_id: str) -> LiveRun | None:
+        """A run that is not over."""
+        return self._runs.get(run_id)
+
+    async def find_run(self, name_or_id: str) -> RunRecord:
+        """A run by id or name. Raises NotFoundError, which lists the runs there are."""
+
+        def find(tx: Transaction) -> tuple[RunRecord | None, list[str]]:
+            found = tx.run(name_or_id) or tx.run_by_name(name_or_id)
+            return found, [] if found else [run.name for run in tx.runs()]
+
+        found, names = await self._facilities.workers.store(find)
+        if found is None:
+            known = f"there are {', '.join(names[-10:])}" if names else "there are none yet: fedctl run submit"
+            raise NotFoundError(f"no run {name_or_id!r}; {known}")
+        live = self._runs.get(found.run_id)
+        return live.record if live else found
+
+    async def cancel_run(self, name_or_id: str) -> RunRecord:
+        """Ends a run. Raises WrongPhaseError where it ended otherwise before."""
+        record = await self.find_run(name_or_id)
+        live = self._runs.get(record.run_id)
+        if live is not None:
+            await live.cancel("cancelled by an operator")
+            return live.record
+        if record.state is not RunState.CANCELLED:
+            raise WrongPhaseError(f"run {record.name} is over already: {record.state.value} ({record.reason})")
+        return record
+
+    # Whose turn it is
+
+    def select(self, run: LiveRun) -> Selection:
+        """The cohort of the run's next round. Runs that wait take turns: one that lacks only clients at work elsewhere keeps its claim
+        on them against those whose turn comes later."""
+        if self.is_draining:
+            return Selection((), "the coordinator is stopping")
+        reserved: set[str] = set()
+        waiting = sorted((r for r in self._runs.values() if r.wants_round), key=lambda r: (r.last_turn, r.record.created_time))
+        for earlier in waiting:
+            if earlier is run:
+                break
+            candidates = self._candidates(earlier)
+            if self._choose(earlier, candidates).waits_for_busy:
+                reserved |= candidates.alive
+        selection = self._choose(run, replace(self._candidates(run), reserved=frozenset(reserved)))
+        if selection.cohort:
+            self._turns += 1
+            run.last_turn = self._turns
+        return selection
+
+    def _choose(self, run: LiveRun, candidates: Candidates) -> Selection:
+        membership, cohort = self._facilities.membership, run.config.cohort
+        return select(
+            candidates,
+            seed=run.config.seed,
+            round=run.next_round,
+            size=cohort.size,
+            over_selection=cohort.over_selection,
+            min_clients=cohort.min_clients,
+            is_settling=self._facilities.clock.monotonic() - membership.started < SETTLE_SECONDS,
+        )
+
+    def _candidates(self, run: LiveRun) -> Candidates:
+        now, membership = self._facilities.clock.monotonic(), self._facilities.membership
+        alive, busy, expected, unlike = set(), set(), set(), []
+        for client in self._clients.values():
+            presence = membership.presence(client.client_id)
+            if presence is None:
+                before = Presence(0.0, client.labels, client.workloads)
+                was_there = self._facilities.clock.now() - client.last_seen_time < 10 * membership.lease_seconds
+                if was_there and _mismatch(run.config, before) is None:
+                    expected.add(client.name)
+            elif membership.is_alive(client.client_id, now):
+                mismatch = _mismatch(run.config, presence)
+                if mismatch is None:
+                    alive.add(client.name)
+                else:
+                    unlike.append((client.name, mismatch))
+            if any(a.kind is AssignmentKind.TRAIN for a in self._open.get(client.client_id, {}).values()):
+                busy.add(client.name)
+        return Candidates(
+            frozenset(alive), busy=frozenset(busy), expected=frozenset(expected), unlike=tuple(sorted(unlike))
+        )
+
+    def client_ids(self, names: Iterable[str]) -> dict[str, str]:
+        """Ids of clients by name."""
+        return {name: self._ids[name] for name in names}
+
+    def name_of(self, client_id: str) -> str:
+        """Name of a client."""
+        return self._clients[client_id].name
+
+    def assignments_changed(self, assignments: Iterable[AssignmentRecord]) -> None:
+        """Updates what each client should be doing and tells the pollers; a client that came free may be what a run waits for."""
+        someone_free = False
+        for assignment in assignments:
+            mine = self._open.setdefault(assignment.client_id, {})
+            if assignment.state is AssignmentState.OPEN:
+                mine[assignment.assignment_id] = assignment
+            else:
+                someone_free |= mine.pop(assignment.assignment_id, None) is not None
+            signal = self._signals.get(assignment.client_id)
+            # Who delivered knows it from the receipt; only news is worth a wake-up.
+            if signal is not None and assignment.state is not AssignmentState.RECEIVED:
+                signal.notify()
+        if someone_free:
+            self._wake_runs()
+
+    def _wake_runs(self) -> None:
+        for run in self._runs.values():
+            if run.wants_round:
+                run.changed.notify()
+
+    # Files
+
+    async def collect_garbage(self) -> None:
+        """Deletes files that nothing refers to: updates of rounds that are over, payloads that no open round sends, versions that are
+        no longer kept, partial uploads of assignments that are over."""
+        async with self.files_lock:
+            live_models: set[tuple[str, int]] = set()
+            live_payloads: set[str] = set()
+
+            def read(tx: Transaction) -> tuple[set[str], set[str]]:
+                updates: set[str] = set()
+                uploads: set[str] = set()
+                for record in tx.runs():
+                    for model in tx.models(record.run_id):
+                        if model.is_available:
+                            live_models.add((record.run_id, model.version))
+                        if record.state is RunState.ACTIVE and model.version == record.model_version:
+                            live_payloads.add(model.payload_digest)
+                    if record.state is not RunState.ACTIVE:
+                        continue
+                    round = tx.round(record.run_id, record.round) if record.round else None
+                    if round is None or round.state in (RoundState.COMMITTED, RoundState.FAILED):
+                        continue
+                    base = tx.model(record.run_id, round.base_version)
+                    if base is not None:
+                        live_payloads.add(base.payload_digest)
+                    for assignment in tx.assignments(record.run_id, round.round):
+                        if assignment.state in (AssignmentState.OPEN, AssignmentState.RECEIVED):
+                            # The file of an open one may have been published a moment before its transaction.
+                            updates.add(assignment.assignment_id)
+                        if assignment.state is AssignmentState.OPEN:
+                            uploads.add(assignment.assignment_id)
+                return updates, uploads
+
+            updates, uploads = await self._facilities.workers.store(read)
+            deleted = await self._facilities.workers.disk(
+                self._facilities.files.sweep, updates, uploads, live_payloads, live_models
+            )
+            if deleted:
+                logger.debug("files deleted", extra={"count": len(deleted)})
+
+
+def _mismatch(config: RunConfig, presence: Presence) -> str | None:
+    """Why a client cannot take part in a run, or None."""
+    version = presence.workloads.get(config.workload)
+    if version is None:
+        offered = ", ".join(sorted(presence.workloads)) or "none"
+        return f"has no workload {config.workload!r} (it has {offered})"
+    if config.workload_version and version != config.workload_version:
+        return f"has version {version!r} of workload {config.workload!r}, the run wants {config.workload_version!r}"
+    for key, value in config.cohort.labels.items():
+        if presence.labels.get(key) != value:
+            return f"has label {key}={presence.labels.get(key, '')!r}, the run wants {value!r}"
+    return None
+
+
+def _why_dropped(tx: Transaction, assignment_id: str) -> str:
+    assignment = tx.assignment(assignment_id)
+    if assignment is None:
+        return "the coordinator does not know this assignment"
+    if assignment.state is AssignmentState.RECEIVED:
+        return "received"
+    return assignment.reason or f"the assignment is {assignment.state.value}"
+
+
+def _require_disk(facilities: Facilities, manifest: Manifest, config: RunConfig) -> None:
+    """A run needs its kept versions, the one being made, their payloads and a round's updates at once."""
+    updates = config.cohort.size * config.cohort.over_selection
+    needed = int(manifest.raw_bytes * (config.keep.versions + 4 + updates))
+    facilities.files.require_free(needed, f"run {config.name!r} (its versions and a round's updates)")

@@ -1,0 +1,810 @@
+"""One active run: its driver, which carries out what `decide` decides.
+
+Every move is one transaction, made before anything of it is visible. Moves of one run never overlap (`_moving`); what takes long
+(folding, making a version, evaluating) happens between moves. The driver holds nothing that the store and the spooled updates
+cannot rebuild: after a crash it goes on from the state of the last transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import fsum, isfinite
+from pathlib import Path
+from typing import Protocol
+
+from fed_core.errors import FedstreamError, NoLongerNeededError
+from fed_core.failpoints import failpoint
+from fed_core.payload.manifest import UpdateInfo
+from fed_core.payload.reader import PayloadReader
+from fed_core.payload.verify import verify_file
+from fed_core.plan import TrainingPlan
+from fed_core.safetensors_tiles import SafetensorsReader
+from fed_core.specs import TensorSpec
+from fed_server.aggregation.base import Aggregator
+from fed_server.aggregation.grid import GridPolicy, bounds_of, grid_policy, make_grid
+from fed_server.aggregation.merge_rules import merge_rules
+from fed_server.aggregation.registry import AGGREGATORS
+from fed_server.aggregation.validate import Expected
+from fed_server.clock import Clock
+from fed_server.config import RunConfig
+from fed_server.optim.sgd import Sgd
+from fed_server.rounds.cohort import Selection, client_seed, num_selected
+from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
+from fed_server.rounds.membership import Membership
+from fed_server.rounds.plan import training_plan
+from fed_server.rounds.signal import Signal
+from fed_server.rounds.stop import Best, StopRules, stop_reason, update_best
+from fed_server.rounds.version import largest_values, next_tile, write_version
+from fed_server.rounds.workers import Workers
+from fed_server.store.base import (
+    AssignmentKind,
+    AssignmentRecord,
+    AssignmentState,
+    Metrics,
+    ModelRecord,
+    RoundRecord,
+    RoundState,
+    RunRecord,
+    RunState,
+    Transaction,
+)
+from fed_server.store.blobs import DataDirectory
+
+logger = logging.getLogger(__name__)
+
+# Uptime is written down at least this often, so that a crash forgives a deadline at most so much.
+_SAVE_UPTIME_SECONDS = 5.0
+
+
+class ModelEvaluator(Protocol):
+    """Evaluates a model on data that the coordinator has."""
+
+    def evaluate(self, model_path: Path, batch_size: int) -> tuple[int, Metrics]:
+        """Number of examples and mean metrics of a model payload; blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Facilities:
+    """What a run works with."""
+
+    workers: Workers
+    files: DataDirectory
+    clock: Clock
+    membership: Membership
+    evaluators: Mapping[str, ModelEvaluator]
+    new_id: Callable[[], str]
+
+
+class Surroundings(Protocol):
+    """What a run asks of the coordinator that it lives in. `files_lock` is held from the publication of a file until the
+    transaction that refers to it."""
+
+    files_lock: asyncio.Lock
+
+    def select(self, run: LiveRun) -> Selection:
+        """The cohort of the run's next round, in turn with the other runs."""
+        ...
+
+    def client_ids(self, names: Iterable[str]) -> dict[str, str]:
+        """Ids of clients by name."""
+        ...
+
+    def name_of(self, client_id: str) -> str:
+        """Name of a client."""
+        ...
+
+    def assignments_changed(self, assignments: Iterable[AssignmentRecord]) -> None:
+        """Tells the pollers."""
+        ...
+
+    async def collect_garbage(self) -> None:
+        """Deletes the files that nobody needs."""
+        ...
+
+
+class LiveRun:
+    """A run that is not over. The driver is `drive`; the services call the rest."""
+
+    def __init__(self, facilities: Facilities, surroundings: Surroundings, record: RunRecord, config: RunConfig) -> None:
+        self._facilities = facilities
+        self._surroundings = surroundings
+        self.record = record
+        self.config = config
+        self.changed = Signal()
+        self.reason = record.reason
+        self.round: RoundRecord | None = None
+        self.assignments: dict[str, AssignmentRecord] = {}
+        self.models: dict[int, ModelRecord] = {}
+        self.specs: tuple[TensorSpec, ...] = ()
+        self.last_turn = 0
+        self._grid_policy: GridPolicy = run_grid_policy(config)
+        self._max_abs: tuple[int, dict[str, float]] | None = None
+        self._moving = asyncio.Lock()
+        self._last_tick = facilities.clock.monotonic()
+        self._unsaved_seconds = 0.0
+        self._waited_seconds = 0.0
+        self._folds: asyncio.Queue[tuple[AssignmentRecord, Aggregator]] = asyncio.Queue()
+        self._aggregate: Aggregator | None = None
+        self._lost: list[str] = []
+
+    # What others read
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self.record.run_id
+
+    @property
+    def wants_round(self) -> bool:
+        """Whether the run is between rounds."""
+        return self.record.state is RunState.ACTIVE and self.round is None
+
+    @property
+    def next_round(self) -> int:
+        """Number of the round that would open next."""
+        return self.record.round + 1
+
+    def open_assignments(self) -> list[AssignmentRecord]:
+        """Those that clients should be working on."""
+        return [a for a in self.assignments.values() if a.state is AssignmentState.OPEN]
+
+    def deadline_seconds(self) -> float:
+        """Seconds left of the round's present phase; -1 where there is no deadline."""
+        if self.round is None:
+            return -1.0
+        phase = self.round.state
+        limit = {
+            RoundState.TRAINING: self.config.schedule.deadline_seconds,
+            RoundState.EVALUATING: self.config.evaluation.deadline_seconds,
+        }.get(phase, 0.0)
+        return limit - self.round.phase_seconds.get(phase, 0.0) if limit > 0 else -1.0
+
+    def plan(self, assignment: AssignmentRecord) -> TrainingPlan:
+        """What the assignment's client is told to do."""
+        return training_plan(self.config, assignment)
+
+    def expected(self, assignment: AssignmentRecord) -> Expected:
+        """What the assignment's update must be. Raises NoLongerNeededError when the round is over."""
+        if self.round is None or self.round.round != assignment.round or self.round.state is not RoundState.TRAINING:
+            raise NoLongerNeededError(f"round {assignment.round} of run {self.record.name} takes no more updates")
+        return Expected(
+            assignment_id=assignment.assignment_id,
+            run_id=self.run_id,
+            round=assignment.round,
+            model_version=assignment.model_version,
+            base_digest=bytes.fromhex(self.models[assignment.model_version].payload_digest),
+            specs=self.specs,
+            bounds=bounds_of(self.round.grid, self._grid_policy),
+            codec=self.config.codec.kind,
+            weighting=self.config.aggregation.weighting,
+            max_weight=self._grid_policy.max_weight,
+        )
+
+    # The driver
+
+    async def load(self) -> None:
+        """Reads what is unfinished; called once before `drive`."""
+
+        def read(tx: Transaction) -> None:
+            self.models = {model.version: model for model in tx.models(self.run_id)}
+            rounds = tx.rounds(self.run_id)
+            if rounds and rounds[-1].state not in (RoundState.COMMITTED, RoundState.FAILED):
+                self.round = rounds[-1]
+                self.assignments = {a.assignment_id: a for a in tx.assignments(self.run_id, rounds[-1].round)}
+
+        await self._facilities.workers.store(read)
+        path = self._facilities.files.model_path(self.run_id, self.record.model_version)
+
+        def read_specs() -> tuple[TensorSpec, ...]:
+            with SafetensorsReader(path) as reader:
+                return tuple(reader.specs)
+
+        self.specs = await self._facilities.workers.disk(read_specs)
+        if self.round is not None and self.round.state in (RoundState.TRAINING, RoundState.AGGREGATING):
+            received = [a for a in self.assignments.values() if a.state is AssignmentState.RECEIVED]
+            for assignment in received:
+                await self._verify_stored(assignment)
+            aggregate = self._begin_aggregate()
+            for assignment in self.assignments.values():
+                if assignment.state is AssignmentState.RECEIVED:
+                    self._folds.put_nowait((assignment, aggregate))
+
+    async def drive(self) -> None:
+        """Goes on until the run is over. A fault of the coordinator itself fails the run and says so; it never takes the service
+        with it."""
+        async with asyncio.TaskGroup() as tasks:
+            folding = tasks.create_task(self._fold_as_they_come())
+            try:
+                while self.record.state is RunState.ACTIVE:
+                    seen = self.changed.count
+                    timeout = await self._step()
+                    if timeout > 0:
+                        await self.changed.wait(seen, timeout)
+                    await self._tick()
+            except FedstreamError as error:
+                await self._fail_run(str(error))
+            except Exception as error:
+                logger.exception("run failed by an internal error", extra={"run": self.record.name})
+                await self._fail_run(f"internal error at the coordinator: {type(error).__name__}; its log has the rest")
+            finally:
+                folding.cancel()
+
+    async def _step(self) -> float:
+        """Does what is next; seconds until it should be looked at again, 0 for at once."""
+        if self.round is None:
+            return await self._open_round()
+        match self.round.state:
+            case RoundState.TRAINING:
+                decision = decide(self._view(AssignmentKind.TRAIN, self.config.schedule.deadline_seconds))
+                self._say(decision.reason)
+                if decision.verdict is Verdict.WAIT:
+                    return self._patience()
+                if decision.verdict is Verdict.FAIL:
+                    await self._fail_round(decision)
+                else:
+                    await self._close(decision)
+                return 0
+            case RoundState.AGGREGATING:
+                await self._aggregate_and_commit()
+                return 0
+            case RoundState.EVALUATING:
+                decision = decide_evaluation(self._view(AssignmentKind.EVALUATE, self.config.evaluation.deadline_seconds))
+                self._say(decision.reason or "evaluating at the coordinator")
+                if decision.verdict is Verdict.WAIT:
+                    return self._patience()
+                await self._finish_evaluation(decision)
+                return 0
+            case _:
+                raise AssertionError(f"a finished round ({self.round.state}) is not driven")
+
+    def _patience(self) -> float:
+        left = self.deadline_seconds()
+        return min(1.0, left) if left > 0 else 1.0
+
+    def _view(self, kind: AssignmentKind, deadline_seconds: float) -> RoundView:
+        assert self.round is not None
+        membership, now = self._facilities.membership, self._facilities.clock.monotonic()
+
+        def member(a: AssignmentRecord) -> Member:
+            progress = membership.progress(a.assignment_id)
+            return Member(
+                name=self._surroundings.name_of(a.client_id),
+                state=a.state,
+                is_alive=membership.is_alive(a.client_id, now) or self._is_fresh(now),
+                silent_seconds=membership.silent_seconds(a.client_id, now),
+                doing=_doing(progress.phase, progress.done, progress.total) if progress else "",
+                reason=a.reason,
+            )
+
+        return RoundView(
+            elapsed_seconds=self.round.phase_seconds.get(self.round.state, 0.0),
+            deadline_seconds=deadline_seconds,
+            goal=self.round.goal,
+            quorum=self.round.quorum,
+            members=[member(a) for a in self.assignments.values() if a.kind is kind],
+        )
+
+    def _is_fresh(self, now: float) -> bool:
+        """Just started: nobody has had the time to call yet."""
+        membership = self._facilities.membership
+        return now - membership.started <= membership.lease_seconds
+
+    def _say(self, reason: str) -> None:
+        if reason != self.reason:
+            self.reason = reason
+            self.changed.notify()
+
+    async def _tick(self) -> None:
+        """Counts uptime towards deadlines; a stopped coordinator costs nobody a deadline."""
+        now = self._facilities.clock.monotonic()
+        passed, self._last_tick = now - self._last_tick, now
+        self.record = replace(self.record, elapsed_seconds=self.record.elapsed_seconds + passed)
+        if self.round is None:
+            self._waited_seconds += passed
+        else:
+            seconds = dict(self.round.phase_seconds)
+            seconds[self.round.state] = seconds.get(self.round.state, 0.0) + passed
+            self.round = replace(self.round, phase_seconds=seconds)
+        self._unsaved_seconds += passed
+        if self._unsaved_seconds >= _SAVE_UPTIME_SECONDS:
+            async with self._moving:
+                run, round = self.record, self.round
+
+                def write(tx: Transaction) -> None:
+                    tx.put(run)
+                    if round is not None:
+                        tx.put(round)
+
+                await self._facilities.workers.store(write)
+            self._unsaved_seconds = 0.0
+
+    # Moves
+
+    async def _open_round(self) -> float:
+        rules = stop_rules(self.config)
+        best = Best(self.record.best_version, self.record.best_metric, self.record.num_without_gain)
+        over = stop_reason(rules, round=self.record.round, elapsed_seconds=self.record.elapsed_seconds, best=best)
+        if over is not None:
+            await self._finish(RunState.FINISHED, over)
+            return 0
+        number, base = self.next_round, self.models[self.record.model_version]
+        if self._max_abs is None or self._max_abs[0] != base.version:
+            path = self._facilities.files.model_path(self.run_id, base.version)
+            self._max_abs = (base.version, await self._facilities.workers.compute(largest_values, path))
+        selection = self._surroundings.select(self)
+        if not selection.cohort:
+            self._say(selection.reason)
+            return 0.5
+        cohort_config = self.config.cohort
+        goal = min(cohort_config.size, len(selection.cohort))
+        now = self._facilities.clock.now()
+        await self._tick()
+        opened = RoundRecord(
+            run_id=self.run_id,
+            round=number,
+            state=RoundState.TRAINING,
+            reason=selection.reason,
+            base_version=base.version,
+            created_time=now,
+            goal=goal,
+            quorum=min(cohort_config.quorum, goal),
+            grid=make_grid(self.specs, self._max_abs[1], self._grid_policy),
+            phase_seconds={RoundState.SELECTING: self._waited_seconds},
+        )
+        ids = self._surroundings.client_ids(selection.cohort)
+        assignments = [
+            self._new_assignment(number, ids[name], name, AssignmentKind.TRAIN, base.version) for name in selection.cohort
+        ]
+        async with self._moving:
+            record = replace(self.record, round=number, reason=selection.reason)
+            if not await self._write(record, opened, assignments):
+                return 0
+            self.assignments = {a.assignment_id: a for a in assignments}
+            self._waited_seconds = 0.0
+            self._begin_aggregate()
+        logger.info(
+            "round opened",
+            extra={"run": self.record.name, "round": number, "cohort": list(selection.cohort), "reason": selection.reason},
+        )
+        self._surroundings.assignments_changed(assignments)
+        return 0
+
+    def _new_assignment(
+        self, number: int, client_id: str, name: str, kind: AssignmentKind, version: int
+    ) -> AssignmentRecord:
+        return AssignmentRecord(
+            assignment_id=self._facilities.new_id(),
+            run_id=self.run_id,
+            round=number,
+            client_id=client_id,
+            kind=kind,
+            state=AssignmentState.OPEN,
+            model_version=version,
+            created_time=self._facilities.clock.now(),
+            seed=client_seed(self.config.seed, number, name),
+        )
+
+    async def _close(self, decision: Decision) -> None:
+        """Stops taking updates."""
+        async with self._moving:
+            assert self.round is not None
+            closed = replace(self.round, state=RoundState.AGGREGATING, reason=decision.reason)
+            dropped = self._dropped(f"round {closed.round} closed: {decision.reason}")
+            await self._write(self.record, closed, dropped)
+        self._surroundings.assignments_changed(dropped)
+
+    async def _fail_round(self, decision: Decision) -> None:
+        async with self._moving:
+            assert self.round is not None
+            failed = replace(self.round, state=RoundState.FAILED, reason=decision.reason)
+            dropped = self._dropped(f"round {failed.round} failed: {decision.reason}")
+            num_failed = self.record.num_failed_rounds + 1
+            record = replace(self.record, num_failed_rounds=num_failed, reason=f"round {failed.round} failed: {decision.reason}")
+            await self._write(record, failed, dropped)
+            self._end_round()
+        logger.warning("round failed", extra={"run": record.name, "round": failed.round, "reason": decision.reason})
+        self._surroundings.assignments_changed(dropped)
+        if num_failed >= self.config.schedule.max_failed_rounds:
+            await self._finish(RunState.FAILED, f"{num_failed} rounds in a row failed; the last: {decision.reason}")
+
+    async def _aggregate_and_commit(self) -> None:
+        assert self.round is not None
+        await self._folds.join()
+        aggregate, files, round = self._aggregate, self._facilities.files, self.round
+        if aggregate is None or not aggregate.can_report():
+            await self._fail_round(Decision(Verdict.FAIL, f"no update could be folded: {'; '.join(self._lost)}"))
+            return
+        base, version = self.models[round.base_version], self.record.model_version + 1
+        model_path = files.model_path(self.run_id, version)
+        model_part, payload_part = files.temporary(model_path), files.temporary(model_path.with_suffix(".payload"))
+        optimizer = Sgd(self.config.server_optimizer.learning_rate)
+
+        def make() -> ModelRecord:
+            with SafetensorsReader(files.model_path(self.run_id, base.version)) as reader:
+                made = write_version(
+                    self.specs,
+                    next_tile(reader, aggregate, optimizer),
+                    model_part,
+                    payload_part,
+                    run_id=self.run_id,
+                    version=version,
+                    codec=self.config.codec.kind,
+                )
+            self._max_abs = (version, made.max_abs)
+            return ModelRecord(
+                run_id=self.run_id,
+                version=version,
+                round=round.round,
+                parent_version=base.version,
+                digest=made.digest,
+                payload_digest=made.payload_digest,
+                payload_bytes=made.payload_bytes,
+                file_bytes=made.file_bytes,
+                created_time=self._facilities.clock.now(),
+                num_updates=aggregate.num_updates,
+                num_examples=sum(a.num_examples for a in self.assignments.values() if a.state is AssignmentState.RECEIVED),
+            )
+
+        workers = self._facilities.workers
+        model = await workers.compute(make)
+        await self._tick()
+        async with self._moving, self._surroundings.files_lock:
+            if self.record.state is not RunState.ACTIVE:
+                return
+            await workers.disk(files.publish, model_part, model_path)
+            await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
+            failpoint("before-commit")
+            self._aggregate = None
+            evaluators = self._new_evaluations(round, version)
+            is_last_phase = not evaluators and not self._evaluates_here(version)
+            committed = replace(
+                self.round,
+                state=RoundState.COMMITTED if is_last_phase else RoundState.EVALUATING,
+                model_version=version,
+                metrics=self._training_metrics(),
+            )
+            record = replace(self.record, model_version=version, num_failed_rounds=0, reason=committed.reason)
+            await self._write(record, committed, evaluators, [model])
+            for a in evaluators:
+                self.assignments[a.assignment_id] = a
+            self.models[version] = model
+            failpoint("after-commit")
+            if is_last_phase:
+                self._end_round()
+        logger.info(
+            "version committed",
+            extra={"run": record.name, "round": round.round, "version": version, "updates": model.num_updates} | committed.metrics,
+        )
+        self._surroundings.assignments_changed(evaluators)
+        if is_last_phase:
+            await self._retire_versions()
+
+    def _new_evaluations(self, round: RoundRecord, version: int) -> list[AssignmentRecord]:
+        """Evaluation assignments for those of the round's cohort who are there."""
+        if self.config.evaluation.at not in ("clients", "both") or not self._is_evaluated(version):
+            return []
+        now, membership = self._facilities.clock.monotonic(), self._facilities.membership
+        return [
+            self._new_assignment(
+                round.round, a.client_id, self._surroundings.name_of(a.client_id), AssignmentKind.EVALUATE, version
+            )
+            for a in self.assignments.values()
+            if a.kind is AssignmentKind.TRAIN and (membership.is_alive(a.client_id, now) or self._is_fresh(now))
+        ]
+
+    def _is_evaluated(self, version: int) -> bool:
+        is_last = self.record.round >= self.config.schedule.max_rounds
+        return version % self.config.evaluation.every == 0 or is_last
+
+    def _evaluates_here(self, version: int) -> bool:
+        return self.config.evaluation.at in ("coordinator", "both") and self._is_evaluated(version)
+
+    async def _finish_evaluation(self, decision: Decision) -> None:
+        assert self.round is not None and self.round.model_version is not None
+        version, metrics = self.round.model_version, dict(self.round.metrics)
+        measured = self._evaluation_metrics()
+        notes = [decision.reason]
+        if self._evaluates_here(version):
+            here, note = await self._evaluate_here(version)
+            prefix = "coordinator." if self.config.evaluation.at == "both" else ""
+            measured |= {prefix + name: value for name, value in here.items()}
+            notes.append(note)
+        await self._tick()
+        async with self._moving:
+            if self.record.state is not RunState.ACTIVE:
+                return
+            rules = stop_rules(self.config)
+            best = Best(self.record.best_version, self.record.best_metric, self.record.num_without_gain)
+            best = update_best(best, rules, version, measured)
+            finished = replace(
+                self.round,
+                state=RoundState.COMMITTED,
+                metrics=metrics | measured,
+                reason="; ".join([self.round.reason, *filter(None, notes)]),
+            )
+            model = replace(self.models[version], metrics=measured)
+            record = replace(
+                self.record, best_version=best.version, best_metric=best.metric, num_without_gain=best.num_without_gain
+            )
+            dropped = self._dropped(f"evaluation of version {version} is over: {decision.reason}")
+            await self._write(record, finished, dropped, [model])
+            self.models[version] = model
+            self._end_round()
+        logger.info("version evaluated", extra={"run": record.name, "round": finished.round, "version": version} | measured)
+        self._surroundings.assignments_changed(dropped)
+        await self._retire_versions()
+
+    async def _evaluate_here(self, version: int) -> tuple[Metrics, str]:
+        evaluator = self._facilities.evaluators.get(self.config.workload)
+        if evaluator is None:
+            return {}, (
+                f"not evaluated at the coordinator: it has no workload {self.config.workload!r}; start fed-server with --workload"
+            )
+        path = self._facilities.files.payload_path(self.models[version].payload_digest)
+        try:
+            _, metrics = await asyncio.to_thread(evaluator.evaluate, path, self.config.evaluation.batch_size)
+        except FedstreamError as error:
+            logger.warning("evaluation at the coordinator failed", extra={"run": self.record.name, "reason": str(error)})
+            return {}, f"evaluation at the coordinator failed: {error}"
+        return metrics, ""
+
+    async def _retire_versions(self) -> None:
+        """Deletes the files of versions beyond the last `keep.versions` and the best one."""
+        keep = set(sorted(self.models)[-self.config.keep.versions :]) | {self.record.best_version, self.record.model_version}
+        retired = [
+            replace(model, is_available=False)
+            for model in self.models.values()
+            if model.is_available and model.version not in keep
+        ]
+        if retired:
+            await self._facilities.workers.store(lambda tx: [tx.put(model) for model in retired])
+            self.models |= {model.version: model for model in retired}
+        await self._surroundings.collect_garbage()
+
+    async def _finish(self, state: RunState, reason: str) -> None:
+        async with self._moving:
+            if self.record.state is not RunState.ACTIVE:
+                return
+            dropped = self._dropped(reason)
+            round = replace(self.round, state=RoundState.FAILED, reason=reason) if self.round is not None else None
+            record = replace(self.record, state=state, reason=reason, finished_time=self._facilities.clock.now())
+            await self._write(record, round, dropped)
+            self.reason = reason
+            if round is not None:
+                self._end_round()
+        logger.info("run ended", extra={"run": self.record.name, "state": state.value, "reason": reason})
+        self._surroundings.assignments_changed(dropped)
+        self.changed.notify()
+
+    async def _fail_run(self, reason: str) -> None:
+        try:
+            await self._finish(RunState.FAILED, reason)
+        except FedstreamError:
+            # The store itself is in trouble (a full disk): say so in memory; the next start tries again.
+            logger.exception("could not record that the run failed", extra={"run": self.record.name})
+            self.record = replace(self.record, state=RunState.FAILED, reason=reason)
+            self.reason = reason
+            self.changed.notify()
+
+    async def cancel(self, reason: str) -> None:
+        """Ends the run on an operator's word."""
+        await self._finish(RunState.CANCELLED, reason)
+
+    # What clients report
+
+    async def receive_update(
+        self, assignment_id: str, *, digest: str, total_bytes: int, raw_bytes: int, weight: int, update: UpdateInfo
+    ) -> AssignmentRecord:
+        """Records an update whose file is already durable: the moment from which it counts. The first wins; a repeat gets the
+        first record. Raises NoLongerNeededError where the round takes no more."""
+        async with self._moving:
+            assignment = self.assignments.get(assignment_id)
+            if assignment is None or self.round is None:
+                raise NoLongerNeededError("the round of this assignment is over")
+            if assignment.state is AssignmentState.RECEIVED:
+                return assignment
+            if assignment.state is not AssignmentState.OPEN or self.round.state is not RoundState.TRAINING:
+                raise NoLongerNeededError(assignment.reason or f"round {assignment.round} takes no more updates")
+            received = replace(
+                assignment,
+                state=AssignmentState.RECEIVED,
+                received_time=self._facilities.clock.now(),
+                digest=digest,
+                num_examples=update.num_examples,
+                weight=weight,
+                num_steps=update.num_steps,
+                is_partial=update.is_partial,
+                training_seconds=update.training_seconds,
+                metrics=dict(update.metrics),
+                uplink_payload_bytes=total_bytes,
+                uplink_raw_bytes=raw_bytes,
+            )
+            await self._write(self.record, None, [received])
+            assert self._aggregate is not None
+            self._folds.put_nowait((received, self._aggregate))
+        self._surroundings.assignments_changed([received])
+        return received
+
+    async def receive_evaluation(self, assignment_id: str, num_examples: int, metrics: Metrics) -> None:
+        """Records an evaluation; a repeat changes nothing. Raises NoLongerNeededError where it is over."""
+        async with self._moving:
+            assignment = self.assignments.get(assignment_id)
+            if assignment is None or assignment.state not in (AssignmentState.OPEN, AssignmentState.RECEIVED):
+                raise NoLongerNeededError("the evaluation is over")
+            if assignment.state is AssignmentState.RECEIVED:
+                return
+            received = replace(
+                assignment,
+                state=AssignmentState.RECEIVED,
+                received_time=self._facilities.clock.now(),
+                num_examples=num_examples,
+                metrics=metrics,
+            )
+            await self._write(self.record, None, [received])
+        self._surroundings.assignments_changed([received])
+
+    async def receive_failure(self, assignment_id: str, reason: str, traceback: str) -> None:
+        """Records that a client gave up; a repeat, or a word that comes too late, changes nothing."""
+        async with self._moving:
+            assignment = self.assignments.get(assignment_id)
+            if assignment is None or assignment.state is not AssignmentState.OPEN:
+                return
+            failed = replace(assignment, state=AssignmentState.FAILED, reason=reason, traceback=traceback)
+            await self._write(self.record, None, [failed])
+        logger.warning(
+            "client failed",
+            extra={
+                "run": self.record.name,
+                "round": failed.round,
+                "client": self._surroundings.name_of(failed.client_id),
+                "reason": reason,
+            },
+        )
+        self._surroundings.assignments_changed([failed])
+
+    def count_traffic(self, assignment_id: str, **more: int) -> None:
+        """Adds to an assignment's byte counters (`downlink_wire_bytes` ...). Written down with its next move, so a crash in between
+        may forget some; they are never counted twice."""
+        assignment = self.assignments.get(assignment_id)
+        if assignment is not None:
+            self.assignments[assignment_id] = replace(
+                assignment, **{name: getattr(assignment, name) + count for name, count in more.items()}
+            )
+
+    # Within a move
+
+    async def _write(
+        self,
+        record: RunRecord,
+        round: RoundRecord | None,
+        assignments: Iterable[AssignmentRecord] = (),
+        models: Iterable[ModelRecord] = (),
+    ) -> bool:
+        """One transaction, then the same in memory. False where the run has ended in the meantime and nothing was written."""
+        if self.record.state is not RunState.ACTIVE:
+            return False
+        changed = list(assignments)
+        traffic = [a for a in self.assignments.values() if a.assignment_id not in {c.assignment_id for c in changed}]
+
+        def write(tx: Transaction) -> None:
+            tx.put(record)
+            if round is not None:
+                tx.put(round)
+            for model in models:
+                tx.put(model)
+            for assignment in changed:
+                tx.put(assignment)
+            if round is not None:
+                for assignment in traffic:
+                    tx.put(assignment)
+
+        await self._facilities.workers.store(write)
+        self.record = replace(record, elapsed_seconds=self.record.elapsed_seconds)
+        if round is not None:
+            self.round = round
+        for assignment in changed:
+            if assignment.assignment_id in self.assignments:
+                self.assignments[assignment.assignment_id] = assignment
+        self.changed.notify()
+        return True
+
+    def _dropped(self, reason: str) -> list[AssignmentRecord]:
+        return [replace(a, state=AssignmentState.DROPPED, reason=reason) for a in self.open_assignments()]
+
+    def _end_round(self) -> None:
+        for assignment_id in self.assignments:
+            self._facilities.membership.forget(assignment_id)
+        self.round, self.assignments, self._aggregate, self._lost = None, {}, None, []
+
+    # Folding
+
+    def _begin_aggregate(self) -> Aggregator:
+        assert self.round is not None
+        aggregation = self.config.aggregation
+        rules = merge_rules(self.specs, [(m.pattern, m.rule) for m in aggregation.merge])
+        self._lost = []
+        self._aggregate = AGGREGATORS[aggregation.kind](self.specs, self.round.grid, rules)
+        return self._aggregate
+
+    async def _fold_as_they_come(self) -> None:
+        """Folds durable updates one after the other while others still upload."""
+        while True:
+            assignment, aggregate = await self._folds.get()
+            try:
+                if aggregate is self._aggregate:  # else its round is over
+                    await self._facilities.workers.compute(self._fold, assignment, aggregate)
+            except (FedstreamError, OSError) as error:
+                # Verified when it came, unreadable now: the disk lost it. The round goes on and says so.
+                name = self._surroundings.name_of(assignment.client_id)
+                self._lost.append(f"the stored update of {name} cannot be read: {error}")
+                logger.error("stored update lost", extra={"run": self.record.name, "client": name, "reason": str(error)})
+            finally:
+                self._folds.task_done()
+
+    def _fold(self, assignment: AssignmentRecord, aggregate: Aggregator) -> None:
+        with PayloadReader(self._facilities.files.update_path(assignment.assignment_id)) as reader:
+            aggregate.add(reader, assignment.weight)
+
+    async def _verify_stored(self, assignment: AssignmentRecord) -> None:
+        """After a start: an acknowledged update whose file no longer verifies is set aside by name."""
+        path = self._facilities.files.update_path(assignment.assignment_id)
+        try:
+            await self._facilities.workers.disk(verify_file, path, bytes.fromhex(assignment.digest))
+        except (FedstreamError, OSError) as error:
+            reason = f"the coordinator's copy of this update is damaged: {error}"
+            logger.error("stored update lost", extra={"run": self.record.name, "assignment": assignment.assignment_id})
+            failed = replace(assignment, state=AssignmentState.FAILED, reason=reason)
+            await self._facilities.workers.store(lambda tx: tx.put(failed))
+            self.assignments[assignment.assignment_id] = failed
+
+    # Metrics
+
+    def _training_metrics(self) -> Metrics:
+        received = self._received(AssignmentKind.TRAIN)
+        return {f"train.{name}": value for name, value in mean_metrics(received).items()}
+
+    def _evaluation_metrics(self) -> Metrics:
+        return mean_metrics(self._received(AssignmentKind.EVALUATE))
+
+    def _received(self, kind: AssignmentKind) -> list[AssignmentRecord]:
+        received = [a for a in self.assignments.values() if a.kind is kind and a.state is AssignmentState.RECEIVED]
+        return sorted(received, key=lambda a: self._surroundings.name_of(a.client_id))
+
+
+def mean_metrics(received: Iterable[AssignmentRecord]) -> Metrics:
+    """Means weighted by examples, each over those who measured it; values that are not finite are left out."""
+    values: dict[str, list[tuple[float, int]]] = {}
+    for assignment in received:
+        for name, value in assignment.metrics.items():
+            if isfinite(value) and assignment.num_examples > 0:
+                values.setdefault(name, []).append((value, assignment.num_examples))
+    return {
+        name: fsum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+        for name, pairs in sorted(values.items())
+    }
+
+
+def run_grid_policy(config: RunConfig) -> GridPolicy:
+    """The grid policy of a run. Raises ConfigError where it would be too coarse."""
+    limit = num_selected(config.cohort.size, config.cohort.over_selection)
+    return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
+
+
+def stop_rules(config: RunConfig) -> StopRules:
+    """The stop rules of a run."""
+    return StopRules(
+        max_rounds=config.schedule.max_rounds,
+        metric=config.evaluation.metric,
+        direction=config.evaluation.direction,
+        target=config.stop.target,
+        patience=config.stop.patience,
+        max_seconds=config.stop.max_seconds,
+    )
+
+
+def _doing(phase: str, done: int, total: int) -> str:
+    return f"{phase} {100 * done // total} %" if total > 0 else phase

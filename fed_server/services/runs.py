@@ -1,0 +1,243 @@
+"""Runs: the operator's service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fed_core.errors import CorruptError, InvalidError, NotFoundError
+from fed_core.payload.frames import CHUNK_BYTES
+from fed_core.payload.verify import SegmentVerifier
+from fed_server.config import MAX_CONFIG_BYTES
+from fed_server.rounds.coordinator import Coordinator
+from fed_server.rounds.membership import Membership, Progress
+from fed_server.rounds.run import LiveRun
+from fed_server.rounds.workers import Workers
+from fed_server.services.convert import (
+    client_to_proto,
+    model_to_proto,
+    round_to_proto,
+    run_to_proto,
+    sum_traffic,
+)
+from fed_server.store.base import (
+    AssignmentRecord,
+    ModelRecord,
+    RoundRecord,
+    RoundState,
+    RunRecord,
+    RunState,
+    Transaction,
+)
+from fed_server.store.blobs import DataDirectory
+from fedstream.v1 import runs_pb2, runs_pb2_grpc, transfer_pb2
+
+# A watcher gets a message at least so often, so that a proxy keeps the stream and the deadline counts down before one's eyes.
+WATCH_IDLE_SECONDS = 5.0
+# And at most so often.
+WATCH_SECONDS = 0.2
+
+
+class RunsService(runs_pb2_grpc.RunsServicer):
+    """Reads the request, asks the coordinator, writes the answer."""
+
+    def __init__(self, coordinator: Coordinator, workers: Workers, files: DataDirectory, membership: Membership) -> None:
+        self._coordinator = coordinator
+        self._workers = workers
+        self._files = files
+        self._membership = membership
+
+    async def CreateRun(
+        self, request_iterator: AsyncIterator[runs_pb2.CreateRunRequest], context: Any
+    ) -> runs_pb2.CreateRunResponse:
+        """See the proto."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidError("expected a header as the first message of a run's submission")
+        header = first.header
+        if len(header.config_toml.encode()) > MAX_CONFIG_BYTES or not 16 <= len(header.request_id) <= 64:
+            raise InvalidError("expected a config of at most 256 KiB and a request id of 16 to 64 characters")
+        path = self._files.incoming_path()
+        try:
+            await self._receive_model(request_iterator, header, path)
+            record, notices = await self._coordinator.create_run(header.config_toml, header.request_id, path)
+        finally:
+            await self._workers.disk(path.unlink, missing_ok=True)
+        live = self._coordinator.live_run(record.run_id)
+        return runs_pb2.CreateRunResponse(run=run_to_proto(record, live, {}), notices=notices)
+
+    async def _receive_model(
+        self, requests: AsyncIterator[runs_pb2.CreateRunRequest], header: runs_pb2.CreateRunHeader, path: Path
+    ) -> None:
+        await self._workers.disk(self._files.require_free, header.model.total_bytes, "the model of a new run")
+        verifier = SegmentVerifier(header.model.digest, header.model.total_bytes)
+        file = await self._workers.disk(path.open, "wb")
+
+        def take(data: bytes) -> None:
+            verifier.feed(data)
+            with self._files.disk_errors("storing the model of a new run"):
+                file.write(data)
+
+        try:
+            offset = 0
+            async for request in requests:
+                if request.WhichOneof("part") != "chunk" or request.chunk.offset != offset:
+                    raise InvalidError(f"expected the chunk at byte {offset}")
+                await self._workers.disk(take, request.chunk.data)
+                offset += len(request.chunk.data)
+            if not verifier.is_complete:
+                raise CorruptError(f"the model ended after {offset} bytes; submit again", offset=0)
+        finally:
+            with self._files.disk_errors("storing the model of a new run"):
+                await self._workers.disk(file.close)
+
+    async def GetRun(self, request: runs_pb2.GetRunRequest, context: Any) -> runs_pb2.GetRunResponse:
+        """See the proto."""
+        record = await self._coordinator.find_run(request.run)
+        rounds = await self._rounds(record, newest_only=True)
+        return runs_pb2.GetRunResponse(run=await self._run(record), round=rounds[-1] if rounds else None)
+
+    async def ListRuns(self, request: runs_pb2.ListRunsRequest, context: Any) -> runs_pb2.ListRunsResponse:
+        """See the proto."""
+        records = await self._workers.store(lambda tx: tx.runs())
+        return runs_pb2.ListRunsResponse(runs=[await self._run(record) for record in reversed(records)])
+
+    async def CancelRun(self, request: runs_pb2.CancelRunRequest, context: Any) -> runs_pb2.CancelRunResponse:
+        """See the proto."""
+        record = await self._coordinator.cancel_run(request.run)
+        return runs_pb2.CancelRunResponse(run=await self._run(record))
+
+    async def WatchRun(self, request: runs_pb2.WatchRunRequest, context: Any) -> None:
+        """See the proto."""
+        record = await self._coordinator.find_run(request.run)
+        sent: dict[int, bytes] = {}
+        is_first = True
+        while True:
+            live = self._coordinator.live_run(record.run_id)
+            seen = live.changed.count if live is not None else 0
+            record = await self._coordinator.find_run(record.run_id)
+            rounds = await self._rounds(record, newest_only=not is_first, with_previous=True)
+            for earlier in rounds[:-1] if is_first else []:
+                del earlier.clients[:]
+            changed = [r for r in rounds if sent.get(r.round) != r.SerializeToString(deterministic=True)]
+            sent |= {r.round: r.SerializeToString(deterministic=True) for r in changed}
+            await context.write(runs_pb2.WatchRunResponse(run=await self._run(record), rounds=changed))
+            if record.state is not RunState.ACTIVE:
+                return
+            is_first = False
+            if live is not None:
+                await live.changed.wait(live.changed.count, WATCH_SECONDS)
+                await live.changed.wait(seen, WATCH_IDLE_SECONDS)
+
+    async def GetReport(self, request: runs_pb2.GetReportRequest, context: Any) -> runs_pb2.GetReportResponse:
+        """See the proto."""
+        record = await self._coordinator.find_run(request.run)
+        rounds = await self._rounds(record)
+        models = await self._workers.store(lambda tx: tx.models(record.run_id))
+        return runs_pb2.GetReportResponse(
+            run=await self._run(record),
+            rounds=rounds,
+            models=[model_to_proto(model, record.best_version) for model in models],
+            downlink=sum_traffic(r.downlink for r in rounds),
+            uplink=sum_traffic(r.uplink for r in rounds),
+        )
+
+    async def ListClients(self, request: runs_pb2.ListClientsRequest, context: Any) -> runs_pb2.ListClientsResponse:
+        """See the proto."""
+        clients = [client_to_proto(client, self._coordinator) for client in self._coordinator.clients()]
+        return runs_pb2.ListClientsResponse(clients=clients)
+
+    async def ListModels(self, request: runs_pb2.ListModelsRequest, context: Any) -> runs_pb2.ListModelsResponse:
+        """See the proto."""
+        record = await self._coordinator.find_run(request.run)
+        models = await self._workers.store(lambda tx: tx.models(record.run_id))
+        return runs_pb2.ListModelsResponse(models=[model_to_proto(model, record.best_version) for model in models])
+
+    async def DownloadModel(self, request: runs_pb2.DownloadModelRequest, context: Any) -> None:
+        """See the proto."""
+        record = await self._coordinator.find_run(request.run)
+        model = await self._find_model(record, request)
+        try:
+            path = self._files.model_path(record.run_id, model.version)
+            file = await self._workers.disk(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NotFoundError(f"the file of version {model.version} is no longer kept") from None
+        try:
+            header = runs_pb2.DownloadModelHeader(model=model_to_proto(model, record.best_version))
+            await context.write(runs_pb2.DownloadModelResponse(header=header))
+            offset = 0
+            while data := await self._workers.disk(os.pread, file, CHUNK_BYTES, offset):
+                chunk = transfer_pb2.Chunk(offset=offset, data=data)
+                await context.write(runs_pb2.DownloadModelResponse(chunk=chunk))
+                offset += len(data)
+        finally:
+            os.close(file)
+
+    async def _find_model(self, record: RunRecord, request: runs_pb2.DownloadModelRequest) -> ModelRecord:
+        match request.WhichOneof("which"):
+            case "version":
+                version = request.version
+            case "best":
+                version = record.best_version or record.model_version
+            case _:
+                version = record.model_version
+        models = await self._workers.store(lambda tx: tx.models(record.run_id))
+        for model in models:
+            if model.version == version and model.is_available:
+                return model
+        kept = ", ".join(str(model.version) for model in models if model.is_available)
+        raise NotFoundError(f"version {version} of run {record.name} is not kept; there are {kept}")
+
+    async def _run(self, record: RunRecord) -> runs_pb2.Run:
+        models = await self._workers.store(lambda tx: tx.models(record.run_id))
+        measured = [model.metrics for model in models if model.metrics]
+        live = self._coordinator.live_run(record.run_id)
+        return run_to_proto(record, live, measured[-1] if measured else {})
+
+    async def _rounds(
+        self, record: RunRecord, *, newest_only: bool = False, with_previous: bool = False
+    ) -> list[runs_pb2.Round]:
+        """All rounds of a run, the open one as it stands in memory; or only the newest (and the one before it)."""
+        live = self._coordinator.live_run(record.run_id)
+
+        def read(tx: Transaction) -> list[tuple[RoundRecord, list[AssignmentRecord]]]:
+            rounds = tx.rounds(record.run_id)
+            if newest_only:
+                rounds = rounds[-2:] if with_previous else rounds[-1:]
+            return [(r, tx.assignments(record.run_id, r.round)) for r in rounds]
+
+        stored = await self._workers.store(read)
+        result = []
+        for round, assignments in stored:
+            if live is not None and live.round is not None and live.round.round == round.round:
+                continue
+            result.append(round_to_proto(round, assignments, self._coordinator, {}))
+        if live is not None:
+            result.append(self._open_round(live))
+        return result
+
+    def _open_round(self, live: LiveRun) -> runs_pb2.Round:
+        if live.round is None:  # between rounds: the next one waits for its cohort
+            waiting = RoundRecord(
+                run_id=live.run_id,
+                round=live.next_round,
+                state=RoundState.SELECTING,
+                reason=live.reason,
+                base_version=live.record.model_version,
+                created_time=0.0,
+                goal=live.config.cohort.size,
+                quorum=live.config.cohort.quorum,
+            )
+            return round_to_proto(waiting, [], self._coordinator, {})
+        progress: dict[str, Progress] = {}
+        for assignment_id in live.assignments:
+            known = self._membership.progress(assignment_id)
+            if known is not None:
+                progress[assignment_id] = known
+        message = round_to_proto(
+            live.round, live.assignments.values(), self._coordinator, progress, live.deadline_seconds()
+        )
+        message.reason = live.reason
+        return message

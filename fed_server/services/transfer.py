@@ -1,0 +1,263 @@
+"""Transfer: payload files between sites and coordinator. Moves bytes and knows nothing of tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fed_core.errors import (
+    BusyError,
+    CorruptError,
+    InvalidError,
+    NoLongerNeededError,
+    NotFoundError,
+    OffsetError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+from fed_core.failpoints import failpoint
+from fed_core.payload.frames import CHUNK_BYTES, pack_chunk, parse_frame
+from fed_server.rounds.coordinator import Coordinator
+from fed_server.rounds.workers import Workers
+from fed_server.services.convert import timestamp
+from fed_server.services.identity import caller
+from fed_server.services.uploads import Upload, accepted_offset, largest_upload
+from fed_server.store.base import AssignmentKind, AssignmentRecord, AssignmentState
+from fed_server.store.blobs import DataDirectory
+from fedstream.v1 import common_pb2, transfer_pb2
+
+# A transfer waits so long for its turn at the server before it is sent away to come again.
+QUEUE_SECONDS = 20.0
+RETRY_WINDOW_SECONDS = 2.0
+
+# A stream on which nothing moves for so long is given up: the peer resumes.
+STALL_SECONDS = 90.0
+
+
+class TransferService:
+    """Bulk in and out, at most `max_concurrent_transfers` streams at once."""
+
+    def __init__(
+        self, coordinator: Coordinator, workers: Workers, files: DataDirectory, max_concurrent_transfers: int
+    ) -> None:
+        self._coordinator = coordinator
+        self._workers = workers
+        self._files = files
+        self._slots = asyncio.Semaphore(max_concurrent_transfers)
+        # The newest stream of an assignment: an older one is a connection that the client has given up.
+        self._streams: dict[str, asyncio.Task[Any]] = {}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service with its bulk messages left as bytes: chunks are written and read without protobuf."""
+        return grpc.method_handlers_generic_handler(
+            "fedstream.v1.Transfer",
+            {
+                "Download": grpc.unary_stream_rpc_method_handler(
+                    self.download, transfer_pb2.DownloadRequest.FromString, None
+                ),
+                "GetUpload": grpc.unary_unary_rpc_method_handler(
+                    self.get_upload,
+                    transfer_pb2.GetUploadRequest.FromString,
+                    transfer_pb2.GetUploadResponse.SerializeToString,
+                ),
+                "Upload": grpc.stream_unary_rpc_method_handler(
+                    self.upload, None, transfer_pb2.UploadResponse.SerializeToString
+                ),
+            },
+        )
+
+    async def download(self, request: transfer_pb2.DownloadRequest, context: Any) -> None:
+        """See the proto."""
+        assignment = self._coordinator.assignment(caller(), request.assignment_id)
+        run = self._coordinator.run_of(assignment)
+        model = run.models[assignment.model_version]
+        if request.digest.hex() != model.payload_digest:
+            raise PermissionDeniedError("this payload is not part of the assignment; poll again")
+        if not 0 <= request.offset <= model.payload_bytes:
+            raise OffsetError(f"offset {request.offset} of a payload of {model.payload_bytes} bytes", offset=0)
+        async with self._slot():
+            try:
+                file = await self._workers.disk(
+                    os.open, self._files.payload_path(model.payload_digest), os.O_RDONLY | os.O_CLOEXEC
+                )
+            except FileNotFoundError:
+                raise NotFoundError("the payload is no longer kept; poll again") from None
+            try:
+                if assignment.downlink_payload_bytes == 0:
+                    run.count_traffic(
+                        assignment.assignment_id,
+                        downlink_payload_bytes=model.payload_bytes,
+                        downlink_raw_bytes=run.record.model_bytes,
+                    )
+                header = transfer_pb2.DownloadHeader(
+                    payload=common_pb2.PayloadRef(
+                        digest=request.digest, total_bytes=model.payload_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL
+                    )
+                )
+                await context.write(transfer_pb2.DownloadResponse(header=header).SerializeToString())
+                offset = request.offset
+                while offset < model.payload_bytes:
+                    frame, size = await self._workers.disk(_read_frame, file, offset)
+                    async with asyncio.timeout(STALL_SECONDS):
+                        await context.write(frame)
+                    offset += size
+                    run.count_traffic(assignment.assignment_id, downlink_wire_bytes=size)
+                    failpoint("mid-download")
+            except TimeoutError:
+                raise UnavailableError(f"no byte was taken for {STALL_SECONDS:g} s; resume the download") from None
+            finally:
+                os.close(file)
+
+    async def get_upload(
+        self, request: transfer_pb2.GetUploadRequest, context: Any
+    ) -> transfer_pb2.GetUploadResponse:
+        """See the proto."""
+        assignment = await self._find(request.assignment_id)
+        if assignment.state is AssignmentState.RECEIVED:
+            receipt = _receipt(assignment)
+            return transfer_pb2.GetUploadResponse(accepted_offset=assignment.uplink_payload_bytes, receipt=receipt)
+        if assignment.state is not AssignmentState.OPEN:
+            raise NoLongerNeededError(assignment.reason)
+        run = self._coordinator.run_of(assignment)
+        offset = await self._workers.disk(
+            accepted_offset,
+            self._files.upload_path(assignment.assignment_id),
+            self._files.update_path(assignment.assignment_id),
+            request.digest,
+            largest_upload(run.record.model_bytes),
+        )
+        return transfer_pb2.GetUploadResponse(accepted_offset=offset)
+
+    async def upload(self, requests: AsyncIterator[bytes], context: Any) -> transfer_pb2.UploadResponse:
+        """See the proto."""
+        header = await _read_header(requests)
+        assignment = await self._find(header.assignment_id)
+        if assignment.kind is not AssignmentKind.TRAIN:
+            raise InvalidError("this assignment asks for an evaluation, not for an update")
+        if assignment.state is AssignmentState.RECEIVED:
+            return transfer_pb2.UploadResponse(receipt=_receipt(assignment))
+        if assignment.state is not AssignmentState.OPEN:
+            raise NoLongerNeededError(assignment.reason)
+        run = self._coordinator.run_of(assignment)
+        async with self._alone(assignment.assignment_id), self._slot():
+            upload = Upload(
+                self._files,
+                run.expected(assignment),
+                header.payload.digest,
+                header.payload.total_bytes,
+                largest_upload(run.record.model_bytes),
+            )
+            try:
+                await self._workers.disk(upload.open, header.offset)
+                await self._take_chunks(requests, upload, assignment)
+                current = self._coordinator.assignment(assignment.client_id, assignment.assignment_id)
+                if current.state is AssignmentState.OPEN:
+                    manifest = await self._workers.disk(upload.finish)
+                    assert manifest.update is not None
+                    current = await run.receive_update(
+                        assignment.assignment_id,
+                        digest=manifest.digest.hex(),
+                        total_bytes=manifest.total_bytes,
+                        raw_bytes=manifest.raw_bytes,
+                        weight=upload.checker.weight,
+                        update=manifest.update,
+                    )
+                elif current.state is not AssignmentState.RECEIVED:
+                    raise NoLongerNeededError(current.reason)
+            except (OffsetError, CorruptError):
+                raise
+            except InvalidError:
+                await self._workers.disk(upload.discard)
+                raise
+            finally:
+                await self._workers.disk(upload.close)
+        failpoint("update-durable")
+        return transfer_pb2.UploadResponse(receipt=_receipt(current))
+
+    async def _take_chunks(self, requests: AsyncIterator[bytes], upload: Upload, assignment: AssignmentRecord) -> None:
+        run = self._coordinator.run_of(assignment)
+        while True:
+            try:
+                async with asyncio.timeout(STALL_SECONDS):
+                    frame = await anext(requests, None)
+            except TimeoutError:
+                raise UnavailableError(f"no byte came for {STALL_SECONDS:g} s; resume the upload") from None
+            if frame is None:
+                return
+            chunk = parse_frame(frame)
+            if chunk is None:
+                raise InvalidError("expected a chunk: the header comes first and once")
+            await self._workers.disk(upload.write, *chunk)
+            run.count_traffic(assignment.assignment_id, uplink_wire_bytes=len(chunk[1]))
+            failpoint("mid-upload")
+
+    async def _find(self, assignment_id: str) -> AssignmentRecord:
+        """The caller's assignment, open or long over. Raises NotFoundError."""
+        try:
+            return self._coordinator.assignment(caller(), assignment_id)
+        except NotFoundError:
+            return await self._coordinator.finished_assignment(caller(), assignment_id)
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(QUEUE_SECONDS):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise BusyError("all transfers are taken; come again", retry_after_seconds=RETRY_WINDOW_SECONDS) from None
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    @asynccontextmanager
+    async def _alone(self, assignment_id: str) -> AsyncIterator[None]:
+        """Ends an older stream for the same assignment first."""
+        older = self._streams.get(assignment_id)
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams[assignment_id] = task
+        if older is not None:
+            older.cancel("a newer stream for this assignment took over")
+            await asyncio.wait([older], timeout=STALL_SECONDS)
+        try:
+            yield
+        finally:
+            if self._streams.get(assignment_id) is task:
+                del self._streams[assignment_id]
+
+
+def _read_frame(file: int, offset: int) -> tuple[bytes, int]:
+    data = os.pread(file, CHUNK_BYTES, offset)
+    return pack_chunk(offset, data), len(data)
+
+
+async def _read_header(requests: AsyncIterator[bytes]) -> transfer_pb2.UploadHeader:
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            first = await anext(requests, None)
+    except TimeoutError:
+        raise UnavailableError("the stream's header did not come") from None
+    try:
+        message = transfer_pb2.UploadRequest.FromString(first or b"")
+    except DecodeError:
+        raise InvalidError("the first message of an upload is not one") from None
+    if message.WhichOneof("part") != "header":
+        raise InvalidError("expected a header as the first message of an upload")
+    if len(message.header.payload.digest) != 32 or message.header.payload.total_bytes < 1 or message.header.offset < 0:
+        raise InvalidError("the header of an upload needs a digest of 32 bytes, its total bytes and an offset of at least 0")
+    return message.header
+
+
+def _receipt(assignment: AssignmentRecord) -> transfer_pb2.Receipt:
+    return transfer_pb2.Receipt(
+        assignment_id=assignment.assignment_id,
+        digest=bytes.fromhex(assignment.digest),
+        received_time=timestamp(assignment.received_time),
+    )
