@@ -1,0 +1,73 @@
+"""Who is chosen, and the sentence when nobody is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fed_server.rounds.cohort import Candidates, Selection, client_seed, draw, num_selected, select
+
+NAMES = frozenset(f"site-{i}" for i in range(10))
+
+
+def choose(candidates: Candidates, **changes: Any) -> Selection:
+    policy: dict[str, Any] = {
+        "seed": 1, "round": 1, "size": 3, "over_selection": 1.0, "min_clients": 3, "is_settling": False,
+    }  # fmt: skip
+    return select(candidates, **(policy | changes))
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(1, 10**6), st.integers(0, 12), st.permutations(sorted(NAMES)))
+def test_a_draw_depends_on_seed_and_round_only(seed: int, round: int, count: int, order: list[str]) -> None:
+    drawn = draw(seed, round, order, count)
+    assert drawn == draw(seed, round, sorted(NAMES), count)
+    assert len(set(drawn)) == min(count, 10)
+
+
+def test_rounds_draw_different_cohorts_and_every_site_gets_its_share() -> None:
+    times = dict.fromkeys(NAMES, 0)
+    for round in range(1, 1001):
+        for name in draw(7, round, NAMES, 3):
+            times[name] += 1
+    assert min(times.values()) > 240  # 300 expected, standard deviation 14
+    assert max(times.values()) < 360
+
+
+def test_seeds_of_clients_differ_by_run_round_and_name() -> None:
+    seeds = {client_seed(s, r, n) for s in (1, 2) for r in (1, 2) for n in ("a", "b")}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_over_selection_asks_for_more_than_the_goal() -> None:
+    assert num_selected(3, 1.0) == 3
+    assert num_selected(3, 1.3) == 4
+    assert len(choose(Candidates(NAMES), over_selection=1.5).cohort) == 5
+
+
+def test_too_few_clients_are_waited_for_by_name() -> None:
+    waiting = choose(Candidates(frozenset({"a"}), unlike=(("b", "has no workload 'digits' (it has none)"),)))
+    assert not waiting.cohort
+    assert "1 alive (a)" in waiting.reason
+    assert "b has no workload 'digits'" in waiting.reason
+
+
+def test_busy_clients_are_skipped_and_waited_for() -> None:
+    few = Candidates(frozenset("abcd"), busy=frozenset("ab"))
+    waiting = choose(few)
+    assert waiting.waits_for_busy
+    assert "a, b at work for another run" in waiting.reason
+    assert choose(replace(few, busy=frozenset("a"))).cohort == ("b", "c", "d")
+
+
+def test_clients_that_another_run_waits_for_are_left_to_it() -> None:
+    assert not choose(Candidates(frozenset("abc"), reserved=frozenset("abc"))).cohort
+
+
+def test_after_a_start_those_who_were_there_before_are_waited_for() -> None:
+    restarted = Candidates(frozenset("abc"), expected=frozenset("d"))
+    assert "d to call again" in choose(restarted, is_settling=True).reason
+    assert choose(restarted, is_settling=False).cohort
