@@ -22,12 +22,14 @@ from typing import Any
 
 import grpc
 
-from fed_core.errors import ConfigError, FedstreamError, UnauthenticatedError, UnavailableError
+from fed_core.errors import FedstreamError, UnauthenticatedError, UnavailableError
 from fed_core.grpc_options import client_options
 from fed_core.rpc_status import from_rpc_error
+from fed_server.cli.exit_codes import SettingError
 from fedstream.v1 import runs_pb2, runs_pb2_grpc
 
-DATA_DIR_VARIABLE = "FEDSTREAM_DATA_DIR"
+# The first that is set counts; the second is fed-server's own, which a container or a unit file sets.
+DATA_DIR_VARIABLES = ("FEDSTREAM_DATA_DIR", "FED_SERVER_DATA_DIR")
 TOKEN_VARIABLE = "FEDCTL_OPERATOR_TOKEN"
 DEFAULT_DATA_DIR = Path("fedstream-data")
 SOCKET_NAME = "fed-server.sock"
@@ -60,7 +62,8 @@ class Connection:
     @property
     def directory(self) -> Path:
         """The coordinator's data directory, on this machine."""
-        return self.data_dir or Path(os.environ.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR)
+        named = (os.environ.get(variable) for variable in DATA_DIR_VARIABLES)
+        return self.data_dir or Path(next(filter(None, named), DEFAULT_DATA_DIR))
 
     @property
     def socket(self) -> Path | None:
@@ -78,21 +81,22 @@ class Connection:
     def cure(self) -> str:
         """What to do when nobody answers."""
         if self.server is None:
-            return f"start one with `fed-server --data-dir {self.directory}`, or say where it is with --data-dir DIR or --server ADDRESS"
+            start = f"start one with `fed-server run --data-dir {self.directory}`"
+            return f"{start}, or say where it is with --data-dir DIR or --server ADDRESS"
         if self.socket is not None:
             return "start fed-server, or correct the path given to --server"
         return "check that fed-server listens on that address, and that --tls-ca or --insecure fits what it was started with"
 
     def token(self) -> str | None:
-        """The operator token, if any. Raises ConfigError where its file cannot be read."""
+        """The operator token, if any. Raises SettingError where its file cannot be read."""
         if self.operator_token:
             return self.operator_token
         if self.operator_token_file is not None:
             token = _read(self.operator_token_file, "--operator-token-file").decode("utf-8", "replace").strip()
             if not token:
-                raise ConfigError(
+                raise SettingError(
                     f"--operator-token-file: {self.operator_token_file} is empty",
-                    cure="put the token in it that fed-server printed",
+                    cure="put the token in it that `fed-server operator-token` prints",
                 )
             return token
         return os.environ.get(TOKEN_VARIABLE) or None
@@ -110,10 +114,10 @@ class Connection:
         if self.token() is None:
             raise UnauthenticatedError(
                 f"{address} wants an operator token",
-                cure=f"give it with --operator-token-file FILE or in {TOKEN_VARIABLE}; fed-server printed it when it first started",
+                cure=f"`fed-server operator-token` prints it there; give it with --operator-token-file FILE or in {TOKEN_VARIABLE}",
             )
         if self.insecure and self.tls_ca is not None:
-            raise ConfigError("--insecure drops TLS, and --tls-ca asks for it", cure="take one of them out")
+            raise SettingError("--insecure drops TLS, and --tls-ca asks for it", cure="take one of them out")
         if self.insecure or (self.tls_ca is None and _is_loopback(host)):
             return grpc.insecure_channel(address, options=client_options())
         roots = _read(self.tls_ca, "--tls-ca") if self.tls_ca is not None else None
@@ -141,27 +145,33 @@ class Coordinator:
 
     def get_run(self, run: str) -> runs_pb2.GetRunResponse:
         """A run and its newest round."""
-        return self._ask(self._stub.GetRun, runs_pb2.GetRunRequest(run=run))
+        response: runs_pb2.GetRunResponse = self._ask(self._stub.GetRun, runs_pb2.GetRunRequest(run=run))
+        return response
 
     def list_runs(self) -> runs_pb2.ListRunsResponse:
         """All runs, the newest first."""
-        return self._ask(self._stub.ListRuns, runs_pb2.ListRunsRequest())
+        response: runs_pb2.ListRunsResponse = self._ask(self._stub.ListRuns, runs_pb2.ListRunsRequest())
+        return response
 
     def cancel_run(self, run: str) -> runs_pb2.CancelRunResponse:
         """Ends a run."""
-        return self._ask(self._stub.CancelRun, runs_pb2.CancelRunRequest(run=run))
+        response: runs_pb2.CancelRunResponse = self._ask(self._stub.CancelRun, runs_pb2.CancelRunRequest(run=run))
+        return response
 
     def get_report(self, run: str) -> runs_pb2.GetReportResponse:
         """Everything measured in a run."""
-        return self._ask(self._stub.GetReport, runs_pb2.GetReportRequest(run=run))
+        response: runs_pb2.GetReportResponse = self._ask(self._stub.GetReport, runs_pb2.GetReportRequest(run=run))
+        return response
 
     def list_clients(self) -> runs_pb2.ListClientsResponse:
         """The enrolled clients."""
-        return self._ask(self._stub.ListClients, runs_pb2.ListClientsRequest())
+        response: runs_pb2.ListClientsResponse = self._ask(self._stub.ListClients, runs_pb2.ListClientsRequest())
+        return response
 
     def list_models(self, run: str) -> runs_pb2.ListModelsResponse:
         """A run's model versions, the oldest first."""
-        return self._ask(self._stub.ListModels, runs_pb2.ListModelsRequest(run=run))
+        response: runs_pb2.ListModelsResponse = self._ask(self._stub.ListModels, runs_pb2.ListModelsRequest(run=run))
+        return response
 
     def watch_run(self, run: str) -> Iterator[runs_pb2.WatchRunResponse]:
         """A run's state after every change. Ends when the run is finished, or when the coordinator drains."""
@@ -197,7 +207,7 @@ class Coordinator:
             watchdog.touch(grace=total_bytes / _FLUSH_BYTES_PER_SECOND)
 
         with self._named_errors(watchdog):
-            call = self._stub.CreateRun.future(watched(), metadata=self._metadata())
+            call = self._stub.CreateRun.future(watched(), metadata=tuple(self._metadata()))
             with watchdog.over(call):
                 response: runs_pb2.CreateRunResponse = call.result()
                 return response
@@ -243,7 +253,7 @@ class Coordinator:
 
 def backoff_seconds(attempt: int) -> float:
     """Pause before the next attempt, counted from 1: doubling from half a second to ten, with jitter."""
-    return random.uniform(0.5, 1.0) * min(10.0, 0.5 * 2**attempt)
+    return random.uniform(0.5, 1.0) * min(10.0, 0.5 * 2.0**attempt)
 
 
 class _Watchdog:
@@ -296,7 +306,7 @@ def _read(path: Path, option: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(
+        raise SettingError(
             f"{option}: cannot read {path}: {(error.strerror or 'error').lower()}",
             cure="correct the path or its permissions",
         ) from error
@@ -310,7 +320,7 @@ def _host(address: str) -> str:
         or not host
         or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)
     ):
-        raise ConfigError(
+        raise SettingError(
             f"--server: expected unix:PATH or HOST:PORT, got {address!r}",
             cure="write for instance fed.example.org:7443",
         )
@@ -332,7 +342,7 @@ def _short(socket: Path) -> str:
     for candidate in candidates:
         if len(os.fsencode(candidate)) <= _MAX_SOCKET_PATH_BYTES:
             return candidate
-    raise ConfigError(
+    raise SettingError(
         f"the path of the socket {socket} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes that the system allows",
         cure="change into its folder first, or move the data directory",
     )

@@ -7,7 +7,10 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
+from google.protobuf import json_format
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich import box
 from rich.console import Group, RenderableType
@@ -96,6 +99,15 @@ def format_time(time: Timestamp, now: float) -> str:
     if age < 36 * 3600:
         return f"{age / 3600:.0f} h ago"
     return datetime.fromtimestamp(time.seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """A message as JSON: the contract's field names, every field present, 64-bit integers as text and bytes as base64, as
+    protobuf's JSON mapping has it."""
+    fields: dict[str, Any] = json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return fields
 
 
 def metrics_of(metrics: Iterable[common_pb2.Metric]) -> dict[str, float]:
@@ -259,8 +271,7 @@ def model_summary(model: runs_pb2.ModelVersion) -> RenderableType:
 
 
 def _facts() -> Table:
-    grid = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2, 0, 0))
-    return grid
+    return Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2, 0, 0))
 
 
 # One run
@@ -356,7 +367,7 @@ def rounds_table(view: WatchView, width: int) -> RenderableType:
     for number in sorted(view.rounds)[-WATCHED_ROUNDS:]:
         round = view.rounds[number]
         metrics = metrics_of(round.metrics)
-        row = [
+        row: list[RenderableType] = [
             str(number), _round_state(round), str(round.model_version) if round.model_version else "",
             Text(_metric_text(metrics.get(metric)), style="bold"), _metric_text(loss_of(metrics)), _updates(round),
             _moved(round.downlink), _moved(round.uplink), _time_of(round),
@@ -396,7 +407,7 @@ def round_parts(view: WatchView, now: float, width: int, most_clients: int = WAT
         return []
     age = max(0.0, now - view.received_time)
     line = Text.assemble((f"Round {round.round}", "bold"), "  ", _round_state(round))
-    if round.reason:
+    if round.reason and (view.run is None or round.reason != view.run.reason):
         line.append(f"  {first_line(round.reason)}", style="dim")
     parts: list[RenderableType] = [line]
     left = round.deadline_seconds - age
@@ -464,10 +475,9 @@ def _doing(client: runs_pb2.RoundClient, age: float, is_over: bool) -> list[Rend
         return [mark, name, phase, "", "", "", ""]
     share = min(1.0, client.done / client.total)
     eta = client.eta_seconds - age
-    return [
-        mark, name, phase, ProgressBar(total=1, completed=share, complete_style="cyan", finished_style="cyan"), f"{100 * share:.0f}",
-        _amount(client), format_seconds(max(0.0, eta)) if client.eta_seconds >= 0 else "",
-    ]  # fmt: skip
+    bar = ProgressBar(total=1, completed=share, complete_style="cyan", finished_style="cyan")
+    left = format_seconds(max(0.0, eta)) if client.eta_seconds >= 0 else ""
+    return [mark, name, phase, bar, f"{100 * share:.0f}", _amount(client), left]
 
 
 def _describe_state(client: runs_pb2.RoundClient) -> str:

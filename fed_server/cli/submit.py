@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fed_core.errors import ConfigError, DiskFullError, InvalidError
+from fed_core.codecs.base import TileSource
+from fed_core.errors import ConfigError, InvalidError
 from fed_core.payload.frames import CHUNK_BYTES
-from fed_core.payload.writer import TileSource, write_payload
+from fed_core.payload.writer import write_payload
 from fed_core.specs import TensorSpec, explain_difference
 from fed_core.tensors import check_finite, dtype_name, model_specs, model_tensors
 from fed_core.workload import Workload, initial_model, load_workload
+from fed_server.cli.exit_codes import FileError
 from fed_server.config import RunConfig
 from fedstream.v1 import common_pb2, runs_pb2, transfer_pb2
 
@@ -44,7 +46,7 @@ def make_version_0(
     file, or both, in which case names, order and roles are the workload's and values the file's.
 
     Memory: one model. Raises ConfigError where workload and config disagree, InvalidError where the tensors do not fit or are not
-    finite, DiskFullError.
+    finite, FileError.
     """
     model = _built_model(config, workload) if workload is not None else None
     if init is not None:
@@ -75,7 +77,7 @@ def make_version_0(
                 on_progress=on_progress,
             )
     except OSError as error:
-        raise DiskFullError(
+        raise FileError(
             f"cannot write version 0 to {path.parent}: {error.strerror}",
             cure="make room there, or set TMPDIR to another folder",
         ) from error
