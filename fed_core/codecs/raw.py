@@ -37,7 +37,7 @@ class RawCodec:
 
     def plan(self, spec: TensorSpec, source: TileSource) -> None:
         """No head."""
-        return None
+        return
 
     def encode(self, head: bytes | None, tile: Tensor) -> memoryview:
         """A view of the tile's memory; no copy."""

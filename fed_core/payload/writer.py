@@ -133,8 +133,8 @@ def _tile_source(spec: TensorSpec, source: Tensor | TileSource) -> TileSource:
     flat = source.detach().reshape(-1)
 
     def read(first: int, num_coordinates: int) -> Tensor:
-        # Lazy conjugates and negatives are flags on the view, not bits in memory.
-        return flat[first : first + num_coordinates].to("cpu").resolve_conj().resolve_neg()
+        # A strided view stays one when it is flattened, and lazy conjugates and negatives are flags, not bits in memory.
+        return flat[first : first + num_coordinates].to("cpu").resolve_conj().resolve_neg().contiguous()
 
     return read
 
