@@ -1,0 +1,184 @@
+"""What a client is told to do in a round, and what a site may change of it. Free of torch; mirrors the message `TrainingPlan`.
+
+Both sides build plans through these classes, so a value that makes no sense is refused by whoever has it first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from fed_core.errors import InvalidError
+from fedstream.v1 import common_pb2
+
+_WIRE_OF_KIND: Final = {
+    "sgd": common_pb2.OPTIMIZER_KIND_SGD,
+    "adam": common_pb2.OPTIMIZER_KIND_ADAM,
+    "adamw": common_pb2.OPTIMIZER_KIND_ADAMW,
+}
+_KIND_OF_WIRE: Final = {wire: kind for kind, wire in _WIRE_OF_KIND.items()}
+_WIRE_OF_FIELD: Final = {
+    "batch_size": common_pb2.PLAN_FIELD_BATCH_SIZE,
+    "learning_rate": common_pb2.PLAN_FIELD_LEARNING_RATE,
+    "local_work": common_pb2.PLAN_FIELD_LOCAL_WORK,
+    "optimizer": common_pb2.PLAN_FIELD_OPTIMIZER,
+}
+_FIELD_OF_WIRE: Final = {wire: name for name, wire in _WIRE_OF_FIELD.items()}
+
+MAX_SEED: Final = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerPlan:
+    """The local optimizer: "sgd", "adam" or "adamw", and its constants. Raises InvalidError for values out of range."""
+
+    kind: str
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    epoch_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.kind in _WIRE_OF_KIND, "optimizer", self.kind, f"one of {', '.join(_WIRE_OF_KIND)}")
+        _require(_is_positive(self.learning_rate), "learning_rate", self.learning_rate, "a number greater than 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "0 up to but not including 1")
+        _require(self.kind == "sgd" or self.momentum == 0, "momentum", self.momentum, f"0 with {self.kind}")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number of at least 0")
+        _require(_is_positive(self.epoch_decay), "epoch_decay", self.epoch_decay, "a number greater than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What to do with the model received. Exactly one of `epochs` and `steps` is set. Raises InvalidError for values out of range.
+
+    `seed` decides everything random at the site in this round. `time_budget_seconds` 0 means no budget. `overridable` names what
+    the site may replace: "batch_size", "learning_rate", "local_work", "optimizer".
+    """
+
+    batch_size: int
+    optimizer: OptimizerPlan
+    seed: int
+    epochs: int | None = None
+    steps: int | None = None
+    time_budget_seconds: float = 0.0
+    overridable: tuple[str, ...] = ()
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        _require((self.epochs is None) != (self.steps is None), "local work", "both or none", "epochs or steps")
+        for name, value in (("epochs", self.epochs), ("steps", self.steps)):
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.num_threads >= 1, "num_threads", self.num_threads, "at least 1")
+        _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, "0 to 2^63 - 1")
+        budget = self.time_budget_seconds
+        _require(0 <= budget < math.inf, "time_budget_seconds", budget, "a number of at least 0")
+        unknown = sorted(set(self.overridable) - set(_WIRE_OF_FIELD))
+        _require(not unknown, "overridable", unknown, f"names out of {', '.join(_WIRE_OF_FIELD)}")
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimizer steps that the plan asks of a site with so many examples."""
+        return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(num_examples / self.batch_size)
+
+    def to_proto(self) -> common_pb2.TrainingPlan:
+        """The message that travels."""
+        return common_pb2.TrainingPlan(
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            optimizer=common_pb2.OptimizerPlan(**asdict(self.optimizer) | {"kind": _WIRE_OF_KIND[self.optimizer.kind]}),
+            seed=self.seed,
+            time_budget_seconds=self.time_budget_seconds,
+            overridable=[_WIRE_OF_FIELD[name] for name in self.overridable],
+            num_threads=self.num_threads,
+        )
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.TrainingPlan) -> TrainingPlan:
+        """The plan that the coordinator sent. Raises InvalidError naming the field that makes no sense."""
+        work = message.WhichOneof("local_work")
+        optimizer = message.optimizer
+        # Read as what it is: a newer coordinator may let a site override what this client has no setting for.
+        known = tuple(_FIELD_OF_WIRE[field] for field in message.overridable if field in _FIELD_OF_WIRE)
+        return cls(
+            batch_size=message.batch_size,
+            optimizer=OptimizerPlan(
+                kind=_KIND_OF_WIRE.get(optimizer.kind, f"kind {optimizer.kind} of a newer coordinator"),
+                learning_rate=optimizer.learning_rate,
+                momentum=optimizer.momentum,
+                weight_decay=optimizer.weight_decay,
+                epoch_decay=optimizer.epoch_decay,
+            ),
+            seed=message.seed,
+            epochs=message.epochs if work == "epochs" else None,
+            steps=message.steps if work == "steps" else None,
+            time_budget_seconds=message.time_budget_seconds,
+            overridable=known,
+            num_threads=message.num_threads,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as the trainer process reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TrainingPlan:
+        """The inverse of `to_json`."""
+        optimizer = OptimizerPlan(**fields["optimizer"])
+        return cls(**{**fields, "optimizer": optimizer, "overridable": tuple(fields["overridable"])})
+
+
+@dataclass(frozen=True, slots=True)
+class SiteOverrides:
+    """What a site would rather do than the plan; None keeps the plan's value. At most one of `epochs` and `steps`."""
+
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    optimizer: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.epochs is None or self.steps is None, "overrides", "epochs and steps", "only one of them")
+
+
+def apply_overrides(plan: TrainingPlan, overrides: SiteOverrides) -> tuple[TrainingPlan, list[str]]:
+    """The plan with the site's settings in it where the plan allows that, and a sentence for each one that it does not.
+
+    Another optimizer keeps the constants of the plan except momentum, which only SGD has.
+    """
+    changes: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    refused: list[str] = []
+    for part, name, value in (
+        ("batch_size", "batch_size", overrides.batch_size),
+        ("local_work", "epochs", overrides.epochs),
+        ("local_work", "steps", overrides.steps),
+        ("learning_rate", "learning_rate", overrides.learning_rate),
+        ("optimizer", "kind", overrides.optimizer),
+    ):
+        if value is None:
+            continue
+        if part not in plan.overridable:
+            setting = part if name == "kind" else name
+            refused.append(f"{setting} = {value} is ignored: this run does not let a site override {part}")
+        elif part == "local_work":
+            changes |= {"epochs": None, "steps": None, name: value}
+        elif part == "batch_size":
+            changes[name] = value
+        else:
+            optimizer[name] = value
+    if optimizer.get("kind", "sgd") != "sgd":
+        optimizer["momentum"] = 0.0
+    return replace(plan, **changes, optimizer=replace(plan.optimizer, **optimizer)), refused
+
+
+def _is_positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _require(is_good: bool, name: str, value: object, expected: str) -> None:
+    if not is_good:
+        raise InvalidError(f"training plan: {name} is {value}, expected {expected}")
