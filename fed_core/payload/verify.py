@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -161,10 +162,8 @@ def verify_prefix(
     What the callbacks raise is passed on, but for PayloadError and CorruptError, which only end the good part.
     """
     verifier = SegmentVerifier(expected_digest, max_total_bytes, on_manifest=on_manifest, on_segment=on_segment)
-    try:
+    with suppress(CorruptError, PayloadError):  # the offset tells it all
         _feed_file(verifier, path)
-    except (CorruptError, PayloadError):
-        pass  # the offset tells it all
     return verifier.verified_offset, verifier.manifest
 
 
@@ -192,5 +191,8 @@ def _feed_file(verifier: SegmentVerifier, path: Path) -> None:
                 return
             verifier.feed(buffer[:num_bytes])
         for _, length in plan_chunks(verifier.manifest, verifier.verified_offset):
-            verifier.feed(buffer[: file.readinto(buffer[:length])])
+            num_bytes = file.readinto(buffer[:length])
+            if not num_bytes:
+                return
+            verifier.feed(buffer[:num_bytes])
         verifier.feed(file.read(1))
