@@ -1,0 +1,252 @@
+"""The coordinator's data directory: one folder, one daemon, and the files that are too large for the database.
+
+    format                               "fedstream-data 1"
+    lock                                 held by the daemon, with its process id
+    state.sqlite                         the records
+    uploads/<assignment_id>.part         an update on its way; its first bytes name the digest it must have
+    updates/<assignment_id>.update       an update, whole and verified
+    models/<run_id>/<version>.safetensors
+    payloads/<digest>.payload            a version as it is broadcast
+    .../.<name>.<token>.tmp              being written; the next daemon deletes it
+
+A file appears under its name only when its bytes are on the disk (`publish`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from fed_core.errors import ConfigError, ConflictError, DiskFullError, InvalidError
+
+FORMAT: Final = "fedstream-data 1"
+
+_FOLDERS = ("uploads", "updates", "models", "payloads")
+# What an empty directory may hold: a fresh filesystem's own folder, and what a daemon left that died while it made the directory.
+_NOT_CONTENT = {"lost+found", "lock", "format.tmp", *_FOLDERS}
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class DataDirectory:
+    """An open data directory, made if there is none; no other daemon can open it until `close`.
+
+    Raises ConfigError for a directory that cannot be used, is of another format version or belongs to something else;
+    ConflictError, naming the process, for one that is in use.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        # Tells this daemon's unfinished files from those of one that died.
+        self._token = secrets.token_hex(4)
+        try:
+            with self.disk_errors("making the data directory"):
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                # Before the lock: someone else's directory gets no lock file from us.
+                is_new = self._is_new()
+                self._lock = _lock(self.root)
+                if is_new:
+                    self._set_up()
+        except OSError as error:
+            raise ConfigError(
+                f"data directory {self.root} cannot be used ({error.strerror}): see that it is a directory which this user may "
+                "write, or name another with --data-dir"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another daemon open the directory; closing twice is harmless."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    # Places
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy's URL of the records."""
+        return f"sqlite:///{self.root / 'state.sqlite'}"
+
+    def upload_path(self, assignment_id: str) -> Path:
+        """Where an update lies while it arrives."""
+        return self.root / "uploads" / f"{_checked(assignment_id)}.part"
+
+    def update_path(self, assignment_id: str) -> Path:
+        """Where a whole update lies until its round commits."""
+        return self.root / "updates" / f"{_checked(assignment_id)}.update"
+
+    def model_path(self, run_id: str, version: int) -> Path:
+        """Where a model version lies as safetensors."""
+        return self.root / "models" / _checked(run_id) / f"{version}.safetensors"
+
+    def payload_path(self, digest: str) -> Path:
+        """Where the payload with this digest (hex) lies."""
+        return self.root / "payloads" / f"{_checked(digest)}.payload"
+
+    # Writing
+
+    def temporary(self, final: Path) -> Path:
+        """A new name beside `final`, to write to and then `publish`; makes the folder. `sweep` leaves it alone as long as this
+        daemon lives, so whoever fails to publish deletes it."""
+        with self.disk_errors(f"making {final.parent}"):
+            if not final.parent.exists():
+                final.parent.mkdir(mode=0o700, exist_ok=True)
+                _sync(final.parent.parent)
+        return final.with_name(f".{final.name}.{secrets.token_hex(4)}{self._temporary_suffix}")
+
+    def publish(self, temporary: Path, final: Path) -> None:
+        """Gives a file its name, in place of any file of that name; when this returns, bytes and name survive a power cut."""
+        with self.disk_errors(f"publishing {final.name}"):
+            _sync(temporary)
+            os.replace(temporary, final)
+            _sync(final.parent)
+
+    @contextmanager
+    def disk_errors(self, what: str) -> Iterator[None]:
+        """Turns "no space" (or over quota) within the block into DiskFullError; `what` says what was being done."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise DiskFullError(
+                f"{what}: no space left in {self.root}; free some, or move it to a larger disk"
+            ) from error
+
+    def free_bytes(self) -> int:
+        """Bytes that may still be written here."""
+        return shutil.disk_usage(self.root).free
+
+    def require_free(self, num_bytes: int, what: str) -> None:
+        """Raises DiskFullError where `what` will need more than is free. Nothing is reserved."""
+        free = self.free_bytes()
+        if num_bytes > free:
+            raise DiskFullError(
+                f"{what} needs {_megabytes(num_bytes)}, but only {_megabytes(free)} are free in {self.root}: free some, or move "
+                "it to a larger disk"
+            )
+
+    # Deleting
+
+    def listing(self) -> list[Path]:
+        """Every file that `sweep` may delete if nobody needs it."""
+        patterns = ("uploads/*.part", "updates/*.update", "payloads/*.payload", "models/*/*.safetensors")
+        return [path for pattern in patterns for path in self.root.glob(pattern)]
+
+    def sweep(
+        self,
+        live_updates: Collection[str],
+        live_uploads: Collection[str],
+        live_payloads: Collection[str],
+        live_models: Collection[tuple[str, int]],
+        listed: Iterable[Path] | None = None,
+    ) -> list[Path]:
+        """Deletes what nobody needs, by name, and what a dead daemon left unfinished; returns what it deleted. Files that are no
+        part of the layout stay. An update stays, too, while its assignment is among the live uploads: it may be just about to
+        be recorded.
+
+        `listed`: what `listing` gave before the live sets were read, so that a file that came since is never taken for an
+        orphan; without it, nothing else may be at work in the directory.
+        """
+        live = {self.upload_path(assignment_id) for assignment_id in live_uploads}
+        live |= {self.update_path(assignment_id) for assignment_id in {*live_updates, *live_uploads}}
+        live |= {self.payload_path(digest) for digest in live_payloads}
+        live |= {self.model_path(run_id, version) for run_id, version in live_models}
+        orphans = [path for path in (self.listing() if listed is None else listed) if path not in live]
+        unfinished = (path for folder in _FOLDERS for path in (self.root / folder).rglob(".*.tmp"))
+        orphans += [path for path in unfinished if not path.name.endswith(self._temporary_suffix)]
+        for path in orphans:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in orphans} - {self.root / name for name in _FOLDERS}:
+            with suppress(OSError):  # a run that still has versions
+                folder.rmdir()
+        return orphans
+
+    # Opening
+
+    @property
+    def _temporary_suffix(self) -> str:
+        return f".{self._token}.tmp"
+
+    def _is_new(self) -> bool:
+        try:
+            found = (self.root / "format").read_text(errors="replace").strip()
+        except FileNotFoundError:
+            content = sorted({path.name for path in self.root.iterdir()} - _NOT_CONTENT)
+            if content:
+                raise ConfigError(
+                    f"{self.root} is not empty and not a data directory of fedstream (it holds {', '.join(content[:3])}): name "
+                    "an empty or a new one with --data-dir"
+                ) from None
+            return True
+        if found != FORMAT:
+            raise ConfigError(
+                f"data directory {self.root} has the format {found!r:.50}, this fedstream reads and writes {FORMAT!r}: start the "
+                "fedstream that wrote it, or name another with --data-dir"
+            )
+        return False
+
+    def _set_up(self) -> None:
+        with suppress(PermissionError):  # a volume that is mounted for us but is not ours
+            self.root.chmod(0o700)
+        for name in _FOLDERS:
+            (self.root / name).mkdir(mode=0o700, exist_ok=True)
+        # Last: a directory with this file is complete.
+        temporary = self.root / "format.tmp"
+        temporary.write_text(FORMAT + "\n")
+        self.publish(temporary, self.root / "format")
+
+
+def _lock(root: Path) -> int:
+    """An open file that this process holds the lock of; the system lets go of it however the process ends."""
+    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise ConflictError(
+            f"data directory {root} is in use by process {holder or 'unknown'}: stop it, or name another with --data-dir"
+        ) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _checked(name: str) -> str:
+    """Ids become file names: one that could lead elsewhere is refused."""
+    if not _ID.fullmatch(name):
+        raise InvalidError(f"{name!r:.120} is not an id: expected up to 100 letters, digits, '-' and '_'")
+    return name
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
