@@ -29,16 +29,16 @@ EXIT_CONFIG = 78
 EXIT_INTERRUPTED = 130
 
 EXIT_CODES = {
-    EXIT_OK: "done; of a watched run: it finished",
+    EXIT_OK: "done, and a watched run finished",
     EXIT_RUN_FAILED: "the watched run failed or was cancelled",
     EXIT_USAGE: "wrong command line",
-    EXIT_DATA: "refused: the run config, the model, the name, or there is no such run or version",
+    EXIT_DATA: "refused: the config, the model or the name, or no such run or version",
     EXIT_UNAVAILABLE: "no coordinator answers",
     EXIT_INTERNAL: "a defect, here or at the coordinator",
     EXIT_FILE: "a local file cannot be written",
-    EXIT_AGAIN: "the coordinator is busy or its disk is full: try again later",
+    EXIT_AGAIN: "the coordinator is busy or its disk is full, try again later",
     EXIT_PERMISSION: "no operator token, or a wrong one",
-    EXIT_CONFIG: "fedctl's own settings: address, token file, certificate",
+    EXIT_CONFIG: "fedctl's own settings (address, token file, certificate)",
     EXIT_INTERRUPTED: "interrupted with Ctrl-C",
 }
 

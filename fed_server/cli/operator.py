@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from fed_server.cli.connection import Connection
     from fed_server.config import RunConfig
 
-_EPILOG = "[bold]Exit codes[/]\n\n" + "\n\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+# One paragraph: typer sets lines apart by blank ones.
+_EPILOG = (
+    "[bold]Exit codes:[/] " + "; ".join(f"[bold]{code}[/] {meaning}" for code, meaning in EXIT_CODES.items()) + "."
+)
 
 app = typer.Typer(
     name="fedctl",
@@ -59,7 +62,7 @@ app.add_typer(client_app, name="client")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 
-Run = Annotated[str, typer.Argument(help="Name or id of the run.", show_default=False)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Name or id of the run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, with the field names of the contract.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until it has ended.")]
 
@@ -192,7 +195,9 @@ def _root(
 @_connected
 def run_submit(
     connection: Connection,
-    config: Annotated[Path, typer.Argument(help="Run config, TOML; - reads it from stdin.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="Run config; - reads it from stdin.", show_default=False)
+    ],
     workload: Annotated[
         str | None,
         typer.Option(
@@ -290,7 +295,7 @@ def run_list(connection: Connection, as_json: Json = False) -> None:
 
     with Coordinator(connection) as coordinator:
         response = coordinator.list_runs()
-    _print(response, as_json, lambda: render.runs_table(response.runs, time.time()))
+    _print(response, as_json, lambda: render.runs_table(response.runs, time.time(), _stdout().width))
 
 
 @run_app.command("show")
@@ -374,7 +379,7 @@ def client_list(connection: Connection, as_json: Json = False) -> None:
 
     with Coordinator(connection) as coordinator:
         response = coordinator.list_clients()
-    _print(response, as_json, lambda: render.clients_table(response.clients, time.time()))
+    _print(response, as_json, lambda: render.clients_table(response.clients, time.time(), _stdout().width))
 
 
 @model_app.command("list")
@@ -386,7 +391,7 @@ def model_list(connection: Connection, run: Run, as_json: Json = False) -> None:
 
     with Coordinator(connection) as coordinator:
         response = coordinator.list_models(run)
-    _print(response, as_json, lambda: render.models_table(response.models, time.time()))
+    _print(response, as_json, lambda: render.models_table(response.models, time.time(), _stdout().width))
 
 
 @model_app.command("best")
@@ -411,7 +416,9 @@ def model_download(
     run: Run,
     file: Annotated[
         Path | None,
-        typer.Argument(help="Where to write it. Default: RUN-vVERSION.safetensors, here.", show_default=False),
+        typer.Argument(
+            metavar="[FILE]", help="Where to write it. Default: RUN-vVERSION.safetensors, here.", show_default=False
+        ),
     ] = None,
     version: Annotated[str, typer.Option("--version", help="Number of the version, or best, or newest.")] = "best",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
@@ -449,7 +456,9 @@ def config_schema() -> None:
 
 @config_app.command("check")
 def config_check(
-    config: Annotated[Path, typer.Argument(help="Run config, TOML; - reads it from stdin.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="Run config; - reads it from stdin.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Check a run config. Prints it with every default written out."""

@@ -14,7 +14,6 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich import box
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
@@ -23,8 +22,8 @@ from fedstream.v1 import common_pb2, runs_pb2
 
 WATCHED_ROUNDS = 12
 WATCHED_CLIENTS = 16
-# Narrower than this a table drops what can be had from `run report`.
-WIDE = 96
+# Narrower than this a table drops its lesser columns and stands closer.
+WIDE = 100
 
 _RUN_STATES = {
     runs_pb2.RUN_STATE_ACTIVE: ("active", "cyan"),
@@ -52,15 +51,17 @@ _PHASES = {
 _BULK_PHASES = (common_pb2.WORK_PHASE_DOWNLOADING, common_pb2.WORK_PHASE_UPLOADING)
 _UNITS = {common_pb2.WORK_PHASE_TRAINING: "steps", common_pb2.WORK_PHASE_EVALUATING: "examples"}
 _FINISHED_ROUNDS = (runs_pb2.ROUND_STATE_COMMITTED, runs_pb2.ROUND_STATE_FAILED)
-_PHASE_NAMES = ("selecting", "training", "aggregating", "evaluating")
+_PHASE_NAMES = {"selecting": "select", "training": "train", "aggregating": "aggr.", "evaluating": "eval."}
 
 
 # Numbers, each in as few characters as tell it apart.
 
+_SCALES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
 
 def format_bytes(count: float) -> str:
     """Bytes in decimal units, three significant digits: "1.66 MB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
+    for unit in _SCALES:
         if count < 999.5 or unit == "TB":
             break
         count /= 1000
@@ -70,7 +71,9 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A span: "0.4 s", "12 s", "3:07", "2:14:09"."""
+    """A span: "20 ms", "0.4 s", "12 s", "3:07", "2:14:09"."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:
@@ -129,6 +132,11 @@ def watched_metric(run: runs_pb2.Run) -> str:
     return str(name)
 
 
+def _short(metric: str) -> str:
+    """A metric's name as a column header."""
+    return metric if len(metric) <= 12 else metric.rsplit(".", 1)[-1][:12]
+
+
 def loss_of(metrics: Mapping[str, float]) -> float | None:
     """The loss on evaluation data, else that of training."""
     return metrics.get("loss", metrics.get("train.loss"))
@@ -142,7 +150,7 @@ def _seconds_of(round: runs_pb2.Round) -> dict[str, float]:
     return {phase.phase: phase.seconds for phase in round.seconds}
 
 
-def _table(*columns: Column, title: str | None = None, footer: bool = False) -> Table:
+def _table(*columns: Column, width: int, title: str | None = None, footer: bool = False) -> Table:
     return Table(
         *columns,
         title=title,
@@ -152,8 +160,9 @@ def _table(*columns: Column, title: str | None = None, footer: bool = False) -> 
         header_style="dim",
         footer_style="bold",
         show_footer=footer,
+        show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, 1 if width >= WIDE else 0, 0, 0),
     )
 
 
@@ -178,35 +187,43 @@ def _round_state(round: runs_pb2.Round) -> Text:
 # Lists
 
 
-def runs_table(runs: Sequence[runs_pb2.Run], now: float) -> RenderableType:
+def runs_table(runs: Sequence[runs_pb2.Run], now: float, width: int) -> RenderableType:
     """`fedctl run list`."""
     if not runs:
         return Text("No runs yet. Submit one: fedctl run submit CONFIG.toml --workload SOURCE", style="dim")
-    table = _table(
-        _word("run"), _word("id"), Column("state", no_wrap=True), _number("round"), _number("version"), _word("metric"),
-        _word("submitted"), Column("why", overflow="ellipsis", no_wrap=True, ratio=1),
-    )  # fmt: skip
+    is_wide = width >= WIDE
+    names = max(len(run.name) for run in runs)
+    why = max(16, width - min(names, 24) - (66 if is_wide else 38))
+    columns = [
+        _word("run", max_width=24),
+        Column("state", no_wrap=True),
+        _number("round"),
+        _word("metric", max_width=18),
+    ]
+    columns += [_number("version"), _word("submitted")] if is_wide else []
+    table = _table(*columns, _word("why", max_width=why), width=width)
     for run in runs:
         metrics = metrics_of(run.metrics)
         metric = watched_metric(run)
-        shown = f"{metric} {format_metric(metrics[metric])}" if metric in metrics else ""
-        table.add_row(
-            Text(run.name, style="bold"), Text(run.run_id, style="dim"), _run_state(run), f"{run.round}/{run.max_rounds}",
-            str(run.model_version), shown, format_time(run.created_time, now), Text(first_line(run.reason), style="dim"),
-        )  # fmt: skip
+        row: list[RenderableType] = [
+            Text(run.name, style="bold"), _run_state(run), f"{run.round}/{run.max_rounds}",
+            f"{_short(metric)} {format_metric(metrics[metric])}" if metric in metrics else "",
+        ]  # fmt: skip
+        row += [str(run.model_version), format_time(run.created_time, now)] if is_wide else []
+        table.add_row(*row, Text(first_line(run.reason), style="dim"))
     return table
 
 
-def clients_table(clients: Sequence[runs_pb2.Client], now: float) -> RenderableType:
+def clients_table(clients: Sequence[runs_pb2.Client], now: float, width: int) -> RenderableType:
     """`fedctl client list`."""
     if not clients:
         return Text(
-            "No client has enrolled yet. At a site: fed-client run --server HOST:PORT --join-token TOKEN ...",
+            "No client has enrolled yet. At a site: fed-client run --server HOST:PORT ...",
             style="dim",
         )
     table = _table(
-        _word("client"), Column("alive", no_wrap=True), _word("last seen"), _number("work"), Column("workloads"),
-        Column("labels"), _word("software"), _number("clock"),
+        _word("client", max_width=24), Column("alive", no_wrap=True), _word("last seen"), _number("work"), Column("workloads"),
+        Column("labels"), _word("software"), _number("clock"), width=width,
     )  # fmt: skip
     for client in clients:
         alive = Text("● yes", style="green") if client.is_alive else Text("○ no", style="red")
@@ -224,33 +241,33 @@ def clients_table(clients: Sequence[runs_pb2.Client], now: float) -> RenderableT
     return table
 
 
-def models_table(models: Sequence[runs_pb2.ModelVersion], now: float) -> RenderableType:
+def models_table(models: Sequence[runs_pb2.ModelVersion], now: float, width: int) -> RenderableType:
     """`fedctl model list`. A star marks the best version."""
-    names = _metric_names([metrics_of(model.metrics) for model in models])
-    table = _table(
-        _number("version"), Column("", no_wrap=True), _number("round"), _number("parent"),
-        *(_number(name) for name in names),
-        _number("updates"), _number("examples"), _number("file"), _word("committed"), _word("digest", max_width=12),
-    )  # fmt: skip
+    is_wide = width >= WIDE
+    names = _metric_names([metrics_of(model.metrics) for model in models], most=3 if is_wide else 2)
+    columns = [
+        _number("version"), Column("", no_wrap=True), _number("from"), *(_number(_short(name)) for name in names),
+        _number("updates"), _number("examples"), _number("file"), _word("committed"),
+    ]  # fmt: skip
+    table = _table(*columns, *([_word("digest", max_width=12)] if is_wide else []), width=width)
     for model in models:
         metrics = metrics_of(model.metrics)
-        table.add_row(
+        row: list[RenderableType] = [
             str(model.version),
             Text("★", style="yellow") if model.is_best else "",
-            str(model.round) if model.round else "",
             str(model.parent_version) if model.parent_version >= 0 else "",
             *(_metric_text(metrics.get(name)) for name in names),
-            str(model.num_updates),
-            str(model.num_examples),
-            format_bytes(model.file_bytes) if model.is_available else Text("gone", style="dim"),
+            _count(model.num_updates) if model.num_updates else "",
+            _count(model.num_examples) if model.num_examples else "",
+            format_bytes(model.file_bytes) if model.is_available else "gone",
             format_time(model.created_time, now),
-            Text(model.digest.hex()[:12], style="dim"),
-            style="" if model.is_available else "dim",
-        )
+        ]
+        row += [Text(model.digest.hex()[:12], style="dim")] if is_wide else []
+        table.add_row(*row, style="" if model.is_available else "dim")
     return table
 
 
-def _metric_names(measured: Iterable[Mapping[str, float]], most: int = 3) -> list[str]:
+def _metric_names(measured: Iterable[Mapping[str, float]], *, most: int) -> list[str]:
     """Names in the order of first sight, training metrics last; at most a few columns of them."""
     names = list(dict.fromkeys(name for metrics in measured for name in metrics))
     return sorted(names, key=lambda name: name.startswith("train."))[:most]
@@ -278,15 +295,21 @@ def _facts() -> Table:
 
 
 def run_header(run: runs_pb2.Run) -> RenderableType:
-    """Name, state, how far, and why."""
-    line = Text.assemble((run.name, "bold"), "  ", _run_state(run))
-    line.append(f"  round {run.round} of {run.max_rounds}, version {run.model_version}")
+    """Name, state, how far, how good, and why."""
+    parts: list[RenderableType] = [
+        Text.assemble((run.name, "bold"), "  ", _run_state(run), f"  round {run.round} of {run.max_rounds}")
+    ]
+    metrics = metrics_of(run.metrics)
+    version = Text(f"version {run.model_version}")
+    for name in dict.fromkeys((watched_metric(run), "loss")):
+        if name in metrics:
+            version.append(f"  {name} ").append(format_metric(metrics[name]), style="bold")
     if run.best_version:
-        line.append(f", best {run.best_version}")
-    for name, value in metrics_of(run.metrics).items():
-        if name in (watched_metric(run), "loss"):
-            line.append(f"  {name} {format_metric(value)}", style="bold" if name != "loss" else "")
-    return Group(line, Text(first_line(run.reason), style="dim")) if run.reason else line
+        version.append(f"  best version {run.best_version}")
+    parts.append(version)
+    if run.reason:
+        parts.append(Text(first_line(run.reason), style="dim"))
+    return Group(*parts)
 
 
 def run_details(response: runs_pb2.GetRunResponse, now: float, width: int) -> RenderableType:
@@ -303,7 +326,7 @@ def run_details(response: runs_pb2.GetRunResponse, now: float, width: int) -> Re
     parts: list[RenderableType] = [run_header(run), Text(), grid]
     if response.HasField("round"):
         view = WatchView().updated(runs_pb2.WatchRunResponse(run=run, rounds=[response.round]), now)
-        parts += [Text(), rounds_table(view, width), *round_parts(view, now, width)]
+        parts += [Text(), rounds_table(view, width), Text(), *round_parts(view, now, width)]
     return Group(*parts)
 
 
@@ -343,27 +366,27 @@ def watch_screen(view: WatchView, now: float, width: int, height: int) -> Render
     """`fedctl run watch`, one frame."""
     if view.run is None:
         return Text(view.note or "connecting ...", style="dim")
-    most_clients = max(3, min(WATCHED_CLIENTS, height - WATCHED_ROUNDS - 12))
+    most_clients = max(3, min(WATCHED_CLIENTS, height - WATCHED_ROUNDS - 14))
     parts: list[RenderableType] = [run_header(view.run)]
     if view.rounds:
-        parts += [Text(), rounds_table(view, width), *round_parts(view, now, width, most_clients)]
+        parts += [Text(), rounds_table(view, width), Text(), *round_parts(view, now, width, most_clients)]
     if view.note:
         parts += [Text(), Text(view.note, style="yellow")]
-    return Padding(Group(*parts), (0, 1, 0, 0))
+    return Group(*parts)
 
 
 def rounds_table(view: WatchView, width: int) -> RenderableType:
     """The last rounds, one line each."""
     assert view.run is not None
     metric = watched_metric(view.run)
+    # What is left of the line beside the numbers.
+    why = width - 84
     columns = [
-        _number("round"), Column("state", no_wrap=True, min_width=11), _number("version"), _number(metric, min_width=6),
+        _number("round"), Column("state", no_wrap=True, min_width=11), _number("version"), _number(_short(metric), min_width=6),
         _number("loss", min_width=6), _number("updates"), _number("down", min_width=7), _number("up", min_width=7),
         _number("time", min_width=5),
     ]  # fmt: skip
-    if width >= WIDE:
-        columns.append(Column("why", no_wrap=True, overflow="ellipsis", ratio=1, style="dim"))
-    table = _table(*columns)
+    table = _table(*columns, *([_word("why", max_width=why)] if why >= 24 else []), width=width)
     for number in sorted(view.rounds)[-WATCHED_ROUNDS:]:
         round = view.rounds[number]
         metrics = metrics_of(round.metrics)
@@ -372,7 +395,7 @@ def rounds_table(view: WatchView, width: int) -> RenderableType:
             Text(_metric_text(metrics.get(metric)), style="bold"), _metric_text(loss_of(metrics)), _updates(round),
             _moved(round.downlink), _moved(round.uplink), _time_of(round),
         ]  # fmt: skip
-        table.add_row(*row, *([first_line(round.reason)] if width >= WIDE else []))
+        table.add_row(*row, *([Text(first_line(round.reason), style="dim")] if why >= 24 else []))
     return table
 
 
@@ -441,8 +464,10 @@ def _clients_of_round(
         shown = list(clients)
     is_over = round.state in _FINISHED_ROUNDS
     table = _table(
-        Column("", no_wrap=True), _word("client", max_width=24 if width >= WIDE else 14), Column("phase", no_wrap=True),
-        Column("progress", min_width=10, ratio=1, max_width=40), _number("%"), _number("done"), _number("left"), _number("loss"),
+        Column("", no_wrap=True), _word("client", max_width=24 if width >= WIDE else 16),
+        Column("phase", no_wrap=True, min_width=11), Column("progress", min_width=10, ratio=1, max_width=40),
+        _number("%", min_width=3), _number("done", min_width=14), _number("left", min_width=5), _number("loss", min_width=6),
+        width=width,
     )  # fmt: skip
     for client in shown:
         loss = metrics_of(client.metrics).get("loss")
@@ -461,7 +486,7 @@ def _doing(client: runs_pb2.RoundClient, age: float, is_over: bool) -> list[Rend
     if client.state == runs_pb2.ASSIGNMENT_STATE_RECEIVED:
         amount = f"{client.num_examples:,} ex." if client.num_examples else ""
         if client.is_partial:
-            phase += " (partial)"
+            phase = "partial"
         bar = ProgressBar(total=1, completed=1, complete_style="green", finished_style="green")
         return [Text("✓", style="green"), name, Text(phase, style="green"), bar, "100", amount, ""]
     if client.state == runs_pb2.ASSIGNMENT_STATE_FAILED:
@@ -492,7 +517,9 @@ def _describe_state(client: runs_pb2.RoundClient) -> str:
 
 def _amount(client: runs_pb2.RoundClient) -> str:
     if client.phase in _BULK_PHASES:
-        return f"{format_bytes(client.done)} of {format_bytes(client.total)}"
+        total, unit = format_bytes(client.total).split()
+        digits = len(total.partition(".")[2])
+        return f"{client.done / _SCALES[unit]:.{digits}f}/{total} {unit}"
     return f"{client.done:,}/{client.total:,} {_UNITS.get(client.phase, '')}".rstrip()
 
 
@@ -535,7 +562,8 @@ def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
     best = next((model for model in response.models if model.is_best), None)
     parts: list[RenderableType] = [run_header(run), Text()]
     if response.rounds:
-        parts += [_report_rounds(response, width), _report_traffic(response), _report_clients(response)]
+        parts += [_report_rounds(response, width), Text(), _report_traffic(response, width), Text()]
+        parts += [*_report_clients(response, width), Text()]
     grid = _facts()
     grid.add_row("ended" if run.HasField("finished_time") else "now", first_line(run.reason) or "still going on")
     if best is not None:
@@ -550,26 +578,26 @@ def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
 def _report_rounds(response: runs_pb2.GetReportResponse, width: int) -> Table:
     metric = watched_metric(response.run)
     totals = {name: sum(_seconds_of(round).get(name, 0.0) for round in response.rounds) for name in _PHASE_NAMES}
-    short = width < WIDE
+    is_wide = width >= WIDE
     table = _table(
-        _number("round", "total"), Column("state", no_wrap=True), _number("version"), _number(metric), _number("loss"),
-        _number("clients"),
-        *(_number(name[: 6 if short else None].removesuffix("ing"), format_seconds(totals[name])) for name in _PHASE_NAMES),
+        _number("round", "total"), Column("state", no_wrap=True), *([_number("version")] if is_wide else []),
+        _number(_short(metric)), _number("loss"), _number("clients"),
+        *(_number(name, format_seconds(totals[phase])) for phase, name in _PHASE_NAMES.items()),
         _number("time", format_seconds(sum(totals.values()))),
-        title="Rounds",
-        footer=True,
+        title="Rounds", footer=True, width=width,
     )  # fmt: skip
     for round in response.rounds:
         metrics, seconds = metrics_of(round.metrics), _seconds_of(round)
         table.add_row(
-            str(round.round), _round_state(round), str(round.model_version) if round.model_version else "",
+            str(round.round), _round_state(round),
+            *([str(round.model_version) if round.model_version else ""] if is_wide else []),
             Text(_metric_text(metrics.get(metric)), style="bold"), _metric_text(loss_of(metrics)), _updates(round),
             *(format_seconds(seconds[name]) if name in seconds else "" for name in _PHASE_NAMES), _time_of(round),
         )  # fmt: skip
     return table
 
 
-def _report_traffic(response: runs_pb2.GetReportResponse) -> Table:
+def _report_traffic(response: runs_pb2.GetReportResponse, width: int) -> Table:
     down, up = response.downlink, response.uplink
     table = _table(
         _number("round", "total"),
@@ -580,6 +608,7 @@ def _report_traffic(response: runs_pb2.GetReportResponse) -> Table:
         ),
         title="Traffic  (↓ to the clients, ↑ from them; ratio = raw / payload)",
         footer=True,
+        width=width,
     )
     for round in response.rounds:
         table.add_row(str(round.round), *_traffic(round.downlink), *_traffic(round.uplink))
@@ -632,7 +661,7 @@ def client_totals(rounds: Iterable[runs_pb2.Round]) -> dict[str, _ClientTotals]:
     return dict(sorted(totals.items()))
 
 
-def _report_clients(response: runs_pb2.GetReportResponse) -> RenderableType:
+def _report_clients(response: runs_pb2.GetReportResponse, width: int) -> list[RenderableType]:
     totals = client_totals(response.rounds)
     shown: list[tuple[str, Callable[[_ClientTotals], float], Callable[[float], str]]] = [
         ("updates", lambda of: of.received, _count),
@@ -641,20 +670,20 @@ def _report_clients(response: runs_pb2.GetReportResponse) -> RenderableType:
         ("dropped", lambda of: of.dropped, _count),
         ("evals", lambda of: of.evaluated, _count),
         ("examples", lambda of: of.examples, _count),
-        ("training", lambda of: of.training_seconds, format_seconds),
+        ("train", lambda of: of.training_seconds, format_seconds),
         ("↓ wire", lambda of: of.down, format_bytes),
         ("↑ wire", lambda of: of.up, format_bytes),
     ]
     table = _table(
-        _word("client", "total", max_width=24),
+        _word("client", "total", max_width=20 if width >= WIDE else 12),
         *(_number(name, text(sum(value(of) for of in totals.values()))) for name, value, text in shown),
         title="Clients",
         footer=True,
+        width=width,
     )
     for name, of in totals.items():
         table.add_row(Text(name, style="bold"), *(text(value(of)) if value(of) else "" for _, value, text in shown))
-    reasons = [Text.assemble((f"{name} ", "bold"), (of.reason, "dim")) for name, of in totals.items() if of.reason]
-    return Group(table, *reasons, Text())
+    return [table, *(Text.assemble((name, "bold"), f"  {of.reason}") for name, of in totals.items() if of.reason)]
 
 
 def _count(value: float) -> str:

@@ -6,19 +6,20 @@ The coordinator never runs a workload's code: the model is built here, under the
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fed_core.codecs.base import TileSource
-from fed_core.errors import ConfigError, InvalidError
+from fed_core.errors import ConfigError, FedstreamError, InvalidError, PayloadError
 from fed_core.payload.frames import CHUNK_BYTES
 from fed_core.payload.writer import write_payload
-from fed_core.specs import TensorSpec, explain_difference
-from fed_core.tensors import check_finite, dtype_name, model_specs, model_tensors
+from fed_core.safetensors_tiles import SafetensorsReader
+from fed_core.specs import TensorSpec, explain_difference, is_floating
+from fed_core.tensors import check_finite, model_specs, model_tensors
 from fed_core.workload import Workload, initial_model, load_workload
 from fed_server.cli.exit_codes import FileError
 from fed_server.config import RunConfig
@@ -26,6 +27,8 @@ from fedstream.v1 import common_pb2, runs_pb2, transfer_pb2
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
+
+Sources = list[tuple[TensorSpec, Tensor | TileSource]]
 
 
 @dataclass(frozen=True)
@@ -45,53 +48,49 @@ def make_version_0(
     """Writes the payload of version 0 to `path`: the workload's own model under the run's seed, or the tensors of a safetensors
     file, or both, in which case names, order and roles are the workload's and values the file's.
 
-    Memory: one model. Raises ConfigError where workload and config disagree, InvalidError where the tensors do not fit or are not
-    finite, FileError.
+    Memory: the workload's model, if there is one, and a tile. Raises ConfigError where workload and config disagree, InvalidError
+    where the workload's code fails, the file is unusable or does not fit, NotFiniteError, FileError where `path` cannot be written.
     """
     model = _built_model(config, workload) if workload is not None else None
-    if init is not None:
-        tensors = _from_safetensors(init, model)
-    elif model is not None:
-        values = model_tensors(model)
-        tensors = [(spec, values[spec.name]) for spec in model_specs(model)]
-    else:
-        raise ConfigError(
-            "a run needs a model to begin from",
-            cure="give --workload SOURCE to build it, or --init FILE.safetensors to read it",
-        )
-    for spec, tensor in tensors:
-        check_finite(spec.name, tensor)
-    try:
-        with path.open("wb+") as file:
-            sources: list[tuple[TensorSpec, Tensor | TileSource]] = list(tensors)
-            written = write_payload(
-                file,
-                kind=common_pb2.PAYLOAD_KIND_MODEL,
-                run_id="",
-                round=0,
-                model_version=0,
-                base_digest=b"",
-                update=None,
-                tensors=sources,
-                codec=config.codec.kind,
-                on_progress=on_progress,
+    with ExitStack() as stack:
+        if init is not None:
+            sources = _file_sources(stack.enter_context(_open(init)), model, init)
+        elif model is not None:
+            sources = _model_sources(model)
+        else:
+            raise ConfigError(
+                "a run needs a model to begin from",
+                cure="give --workload SOURCE to build it, or --init FILE.safetensors to read it",
             )
-    except OSError as error:
-        raise FileError(
-            f"cannot write version 0 to {path.parent}: {error.strerror}",
-            cure="make room there, or set TMPDIR to another folder",
-        ) from error
-    num_parameters = sum(spec.num_elements for spec, _ in tensors)
-    return Version0(path, written.digest, written.total_bytes, len(tensors), num_parameters)
+        try:
+            with path.open("wb+") as file:
+                written = write_payload(
+                    file,
+                    kind=common_pb2.PAYLOAD_KIND_MODEL,
+                    run_id="",
+                    round=0,
+                    model_version=0,
+                    base_digest=b"",
+                    update=None,
+                    tensors=sources,
+                    codec=config.codec.kind,
+                    on_progress=on_progress,
+                )
+        except OSError as error:
+            raise FileError(
+                f"cannot write version 0 to {path.parent}: {error.strerror}",
+                cure="make room there, or set TMPDIR to another folder",
+            ) from error
+    num_parameters = sum(spec.num_elements for spec, _ in sources)
+    return Version0(path, written.digest, written.total_bytes, len(sources), num_parameters)
 
 
 def create_requests(
     config_toml: str, version_0: Version0, on_progress: Progress | None = None
 ) -> Callable[[], Iterator[runs_pb2.CreateRunRequest]]:
     """The messages of CreateRun, as often as asked for: the same request id every time, so that a repeat is harmless."""
-    request_id = uuid.uuid4().hex
     header = runs_pb2.CreateRunHeader(
-        request_id=request_id,
+        request_id=uuid.uuid4().hex,
         config_toml=config_toml,
         model=common_pb2.PayloadRef(
             digest=version_0.digest, total_bytes=version_0.total_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL
@@ -111,10 +110,17 @@ def create_requests(
     return requests
 
 
-def _built_model(config: RunConfig, source: str) -> torch.nn.Module:
-    workload = load_workload(source)
-    _check_workload(config, workload, source)
-    return initial_model(workload, config.seed)
+def _built_model(config: RunConfig, source: str) -> nn.Module:
+    try:
+        workload = load_workload(source)
+        _check_workload(config, workload, source)
+        return initial_model(workload, config.seed)
+    except FedstreamError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise InvalidError(
+            f"workload {source} failed: {type(error).__name__}: {error}", cure="--debug shows where"
+        ) from error
 
 
 def _check_workload(config: RunConfig, workload: Workload, source: str) -> None:
@@ -130,42 +136,53 @@ def _check_workload(config: RunConfig, workload: Workload, source: str) -> None:
         )
 
 
-def _from_safetensors(path: Path, model: torch.nn.Module | None) -> list[tuple[TensorSpec, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _model_sources(model: nn.Module) -> Sources:
+    tensors = model_tensors(model)
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    return [(spec, tensors[spec.name]) for spec in model_specs(model)]
 
+
+def _open(path: Path) -> SafetensorsReader:
     try:
-        loaded = load_file(path)
+        return SafetensorsReader(path)
     except OSError as error:
-        raise InvalidError(f"--init: cannot read {path}: {error.strerror or error}", cure="correct the path") from error
-    except SafetensorError as error:
+        raise InvalidError(f"--init: cannot read {path}: {error.strerror}", cure="correct the path") from error
+    except PayloadError as error:
         raise InvalidError(
-            f"--init: {path} is not a safetensors file: {error}",
-            cure="write it with safetensors.torch.save_model, or download it with `fedctl model download`",
+            f"--init: {error}",
+            cure="write one with safetensors.torch.save_model, or fetch one with `fedctl model download`",
         ) from error
-    if not loaded:
+
+
+def _file_sources(reader: SafetensorsReader, model: nn.Module | None, path: Path) -> Sources:
+    if not reader.specs:
         raise InvalidError(f"--init: {path} holds no tensors", cure="give a file with a model in it")
-    actual = [
-        TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype), _guessed_role(tensor))
-        for name, tensor in loaded.items()
-    ]
-    if model is None:
-        return [(spec, loaded[spec.name]) for spec in actual]
-    specs = model_specs(model)
-    known = {spec.name: spec for spec in specs}
-    # A file says nothing of roles and keeps no order: both are the workload's.
-    order = {spec.name: index for index, spec in enumerate(specs)}
-    actual = sorted(
-        (TensorSpec(s.name, s.shape, s.dtype, known[s.name].role if s.name in known else s.role) for s in actual),
-        key=lambda spec: order.get(spec.name, len(order)),
-    )
-    if actual != specs:
+    # A foreign file does not say what is a buffer; what is not a floating number certainly is one.
+    actual = [spec if is_floating(spec.dtype) else replace(spec, role="buffer") for spec in reader.specs]
+    if model is not None:
+        actual = _as_in(model_specs(model), actual, path)
+    return [(spec, _checked_tiles(reader, spec.name)) for spec in actual]
+
+
+def _as_in(specs: Sequence[TensorSpec], actual: Sequence[TensorSpec], path: Path) -> list[TensorSpec]:
+    """The workload's specs, once it is sure that the file has just these: order and roles are what a file may not know."""
+    by_name = {spec.name: spec for spec in actual}
+    known = [replace(by_name[spec.name], role=spec.role) for spec in specs if spec.name in by_name]
+    names = {spec.name for spec in specs}
+    extra = [spec for spec in actual if spec.name not in names]
+    if [*known, *extra] != list(specs):
         raise InvalidError(
-            f"--init: {path} does not fit the workload's model: {explain_difference(specs, actual)}",
+            f"--init: {path} does not fit the workload's model: {explain_difference(specs, [*known, *extra])}",
             cure="give the file of a model of this workload",
         )
-    return [(spec, loaded[spec.name]) for spec in specs]
+    return list(specs)
 
 
-def _guessed_role(tensor: Tensor) -> str:
-    return "parameter" if tensor.is_floating_point() or tensor.is_complex() else "buffer"
+def _checked_tiles(reader: SafetensorsReader, name: str) -> TileSource:
+    def read(first: int, num_coordinates: int) -> Tensor:
+        tile = reader.read_tile(name, first, num_coordinates)
+        check_finite(name, tile)
+        return tile
+
+    return read
