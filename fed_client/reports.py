@@ -135,12 +135,8 @@ class ProgressReporter:
             return None
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The last word on an assignment: a failure, or the result of an evaluation."""
-
-    held: Held
-    request: participation_pb2.ReportFailureRequest | participation_pb2.ReportEvaluationRequest
+Verdict = participation_pb2.ReportFailureRequest | participation_pb2.ReportEvaluationRequest
+"""The last word on an assignment: a failure, or the result of an evaluation."""
 
 
 class Outbox:
@@ -151,14 +147,14 @@ class Outbox:
         self._table = table
         self._on_done = on_done
         self._fatal = fatal
-        self._pending: deque[Verdict] = deque()
+        self._pending: deque[tuple[Held, Verdict]] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def put(self, verdict: Verdict) -> None:
+    def put(self, held: Held, verdict: Verdict) -> None:
         """Takes a verdict; the caller hands the assignment over with it."""
         with self._changed:
-            self._pending.append(verdict)
+            self._pending.append((held, verdict))
             self._changed.notify()
 
     def close(self) -> None:
@@ -176,9 +172,9 @@ class Outbox:
                     self._changed.wait()
                 if self._is_closed:
                     return
-                verdict = self._pending[0]
+                held, verdict = self._pending[0]
             try:
-                is_answered = self._deliver(verdict)
+                is_answered = self._deliver(held, verdict)
             except UnauthenticatedError as error:
                 self._fatal(error)
                 return
@@ -186,22 +182,22 @@ class Outbox:
                 backoff.reset()
                 with self._changed:
                     self._pending.popleft()
-                self._on_done(verdict.held)
+                self._on_done(held)
             else:
                 with self._changed:
                     if not self._is_closed:
                         self._changed.wait(backoff.next_seconds())
 
-    def _deliver(self, verdict: Verdict) -> bool:
+    def _deliver(self, held: Held, verdict: Verdict) -> bool:
         """Whether there is an answer, of whatever kind."""
-        log: Any = structlog.get_logger().bind(**verdict.held.log_fields)
+        log: Any = structlog.get_logger().bind(**held.log_fields)
         try:
-            if isinstance(verdict.request, participation_pb2.ReportFailureRequest):
-                self._transport.report_failure(verdict.request)
-                log.info("failure reported", kind=failure_name(verdict.request.kind))
+            if isinstance(verdict, participation_pb2.ReportFailureRequest):
+                self._transport.report_failure(verdict)
+                log.info("failure reported", kind=failure_name(verdict.kind))
             else:
-                self._transport.report_evaluation(verdict.request)
-                log.info("evaluation delivered", num_examples=verdict.request.num_examples)
+                self._transport.report_evaluation(verdict)
+                log.info("evaluation delivered", num_examples=verdict.num_examples)
         except (NoLongerNeededError, NotFoundError, PermissionDeniedError, WrongPhaseError, InvalidError) as error:
             log.info("dropped", reason=str(error))
         except UnauthenticatedError:
@@ -212,27 +208,25 @@ class Outbox:
         return True
 
 
-def failure(held: Held, kind: participation_pb2.FailureKind.ValueType, message: str, traceback: str = "") -> Verdict:
-    """The verdict that gives an assignment up, cut to what the contract takes."""
-    return Verdict(
-        held,
-        participation_pb2.ReportFailureRequest(
-            assignment_id=held.assignment_id,
-            kind=kind,
-            message=message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore"),
-            # The end of a traceback says what happened.
-            traceback=traceback.encode()[-MAX_TRACEBACK_BYTES:].decode(errors="ignore"),
-        ),
+def failure(
+    held: Held, kind: participation_pb2.FailureKind.ValueType, message: str, traceback: str = ""
+) -> participation_pb2.ReportFailureRequest:
+    """Gives an assignment up; cut to what the contract takes."""
+    return participation_pb2.ReportFailureRequest(
+        assignment_id=held.assignment_id,
+        kind=kind,
+        message=message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore"),
+        # The end of a traceback says what happened.
+        traceback=traceback.encode()[-MAX_TRACEBACK_BYTES:].decode(errors="ignore"),
     )
 
 
-def evaluation(held: Held, num_examples: int, metrics: Mapping[str, float]) -> Verdict:
-    """The verdict that delivers an evaluation."""
-    return Verdict(
-        held,
-        participation_pb2.ReportEvaluationRequest(
-            assignment_id=held.assignment_id, num_examples=num_examples, metrics=to_metrics(metrics)
-        ),
+def evaluation(
+    held: Held, num_examples: int, metrics: Mapping[str, float]
+) -> participation_pb2.ReportEvaluationRequest:
+    """Delivers the result of an evaluation."""
+    return participation_pb2.ReportEvaluationRequest(
+        assignment_id=held.assignment_id, num_examples=num_examples, metrics=to_metrics(metrics)
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from fed_client.durable import write_durably
-from fed_client.state import checked_id
+from fed_client.state import checked_id, is_safe_id
 from fed_core.errors import InvalidError
 from fedstream.v1 import common_pb2, participation_pb2
 
@@ -73,6 +73,8 @@ class Spool:
     def remove(self, assignment_id: str) -> None:
         """Forgets an update, or whatever there is of it. Not flushed: one that comes back after a power cut is offered
         again, and its receipt comes at once."""
+        if not is_safe_id(assignment_id):
+            return  # nothing can lie under such a name
         for path in (self._record(assignment_id), self.path(assignment_id)):
             with suppress(FileNotFoundError):
                 path.unlink()

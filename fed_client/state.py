@@ -46,9 +46,14 @@ class Identity:
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+def is_safe_id(assignment_id: str) -> bool:
+    """Whether an assignment id may become a file name here."""
+    return _SAFE_ID.fullmatch(assignment_id) is not None
+
+
 def checked_id(assignment_id: str) -> str:
     """An assignment id becomes a file name here, so one that could leave its folder is refused with InvalidError."""
-    if not _SAFE_ID.fullmatch(assignment_id):
+    if not is_safe_id(assignment_id):
         raise InvalidError(f"assignment id {assignment_id!r} is not 1 to 100 characters of [A-Za-z0-9._-]; refused")
     return assignment_id
 
