@@ -250,15 +250,8 @@ class MeanConfig(ConfigTable):
         gt=0,
         le=2.0**64,
         description="Largest absolute value that an update may hold in any tensor, rounded up to a power of two; an update with "
-        "more is refused by name. Unset: 8 times the largest value of the tensor at hand, at least 1/2.",
-        examples=[16.0],
-    )
-    bound: float | None = Field(
-        default=None,
-        gt=0,
-        le=2.0**100,
-        description="Largest absolute value that an update may hold; one with more is refused by name. Unset: 8 times the largest "
-        "value of the tensor in the base model, at least 0.5 for parameters and 1024 for buffers.",
+        "more is refused by name. Unset: 8 times the largest value of the tensor in the base model, at least 0.5 for parameters "
+        "and 1024 for buffers.",
         examples=[16.0],
     )
     merge: Annotated[tuple[MergeConfig, ...], Strict(False)] = Field(
@@ -481,11 +474,15 @@ def _value(value: object) -> str:
     if isinstance(value, ConfigTable):
         return _value({name: getattr(value, name) for name in type(value).model_fields})
     if isinstance(value, Mapping):
-        items = (f"{json.dumps(key)} = {_value(item)}" for key, item in value.items())
+        items = (f"{_key(key)} = {_value(item)}" for key, item in value.items())
         return "{ " + ", ".join(items) + " }" if value else "{}"
     if isinstance(value, Sequence):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     raise TypeError(f"a run config holds no {type(value).__name__}")
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
 
 
 # Reading the models: which keys there are, what they may be.

@@ -1,0 +1,339 @@
+"""The run config: every option survives, is described, and every mistake is explained."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from fed_core.errors import ConfigError
+from fed_server.config import (
+    MAX_CONFIG_BYTES,
+    ConfigTable,
+    config_schema,
+    describe_range,
+    example_config,
+    option_paths,
+    parse_run_config,
+    to_toml,
+    union_members,
+)
+
+DOCS = Path(__file__).parents[2] / "docs" / "run-config.md"
+BEGIN, END = "<!-- options -->\n", "<!-- end of options -->"
+
+MINIMAL = """
+name = "digits"
+workload = "digits"
+cohort.size = 3
+schedule.max_rounds = 10
+"""
+
+# Between them these two set every option of every kind to something else than its default.
+EVERY_OPTION = [
+    """
+name = "all-1"
+workload = "mnist"
+workload_version = "2 \\"quoted\\" \\u007f é"
+seed = 9223372036854775807
+cohort = { size = 7, min_clients = 6, quorum = 4, over_selection = 1.5, labels = { region = "north", "gpu.kind" = "a100" } }
+schedule = { max_rounds = 3, deadline_seconds = 12.5, time_budget_seconds = 1e-05, max_failed_rounds = 2 }
+evaluation = { at = "both", every = 2, metric = "f1_score", direction = "min", deadline_seconds = 3, batch_size = 8 }
+stop = { target = -0.25, patience = 4, max_seconds = 1e7 }
+codec = { kind = "raw" }
+keep = { versions = 9 }
+
+[training]
+local_work = { kind = "epochs", epochs = 2 }
+batch_size = 5
+overridable = ["batch_size", "optimizer"]
+num_threads = 4
+optimizer = { kind = "sgd", learning_rate = 1, momentum = 0.9, weight_decay = 1e-4, epoch_decay = 0.5, round_decay = 0.99 }
+
+[aggregation]
+kind = "mean"
+weighting = "custom"
+max_weight = 1000
+bound = 16.0
+merge = [{ pattern = "*.running_*", rule = "keep" }, { pattern = "steps", rule = "maximum" }]
+
+[server_optimizer]
+kind = "sgd"
+learning_rate = 0.5
+""",
+    MINIMAL
+    + """
+[training]
+local_work = { kind = "steps", steps = 20 }
+optimizer = { kind = "adam", learning_rate = 0.01, weight_decay = 0.1, epoch_decay = 0.9, round_decay = 0.8 }
+""",
+    MINIMAL
+    + """
+[training]
+optimizer = { kind = "adamw", learning_rate = 0.01, weight_decay = 0.1, epoch_decay = 0.9, round_decay = 0.8 }
+""",
+]
+
+
+def test_the_example_is_a_config_with_every_default() -> None:
+    assert parse_run_config(example_config()) == parse_run_config(MINIMAL)
+
+
+def test_the_example_shows_every_option_of_the_default_kinds() -> None:
+    example = example_config()
+    for path, kind, field in option_paths():
+        if kind in ("", "epochs", "sgd", "mean", "raw") and not union_members(field) and "merge." not in path:
+            assert f"{path.rsplit('.', 1)[-1]} = " in example, path
+
+
+@pytest.mark.parametrize("text", EVERY_OPTION)
+def test_a_config_survives_the_trip_through_toml(text: str) -> None:
+    config = parse_run_config(text)
+    assert parse_run_config(to_toml(config)) == config
+
+
+def test_the_trip_leaves_out_no_option() -> None:
+    """Each option, of each kind, is set to something else than its default in one of the configs above, and comes back so."""
+    changed = set()
+    for text in EVERY_OPTION:
+        before, after = (dict(_values(parse_run_config(t))) for t in (text, to_toml(parse_run_config(text))))
+        assert before == after
+        changed |= {key for key, (value, field) in after.items() if field.is_required() or value != field.default}
+    # The name of the only kind, and of the default kind, cannot differ from the default.
+    fixed = {(path, kind) for path, kind, _ in option_paths() if path.endswith(".kind")}
+    plain = {(path, kind) for path, kind, field in option_paths() if not union_members(field)}
+    assert plain - fixed - changed == set()
+
+
+def _values(table: ConfigTable, prefix: str = "") -> Iterator[tuple[tuple[str, str], tuple[Any, FieldInfo]]]:
+    kind = getattr(table, "kind", "")
+    for name, field in type(table).model_fields.items():
+        value = getattr(table, name)
+        yield (f"{prefix}{name}", kind), (value, field)
+        for member in value if isinstance(value, tuple) else (value,):
+            if isinstance(member, ConfigTable):
+                yield from _values(member, f"{prefix}{name}.")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        parse_run_config(MINIMAL).name = "other"  # type: ignore[misc]
+
+
+def test_the_schema_accepts_what_the_parser_accepts_and_refuses_unknown_keys() -> None:
+    schema = config_schema()
+    for text in (*EVERY_OPTION, example_config()):
+        jsonschema.validate(tomllib.loads(text), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tomllib.loads(MINIMAL + "cohort.sise = 3"), schema)
+
+
+def test_quorum_and_min_clients_follow_from_the_size() -> None:
+    cohort = parse_run_config(MINIMAL.replace("size = 3", "size = 10")).cohort
+    assert (cohort.min_clients, cohort.quorum) == (10, 7)
+
+
+def test_adam_has_no_momentum_to_send() -> None:
+    assert parse_run_config(EVERY_OPTION[1]).training.optimizer.momentum == 0.0
+
+
+# Descriptions
+
+
+def test_every_option_has_a_description() -> None:
+    assert [path for path, _, field in option_paths() if not field.description] == []
+
+
+def test_the_documentation_lists_every_option_as_it_is() -> None:
+    """`UPDATE_DOCS=1 pytest tests/server/test_config.py` writes the table anew."""
+    text = DOCS.read_text()
+    before, rest = text.split(BEGIN)
+    table, after = rest.split(END)
+    if os.environ.get("UPDATE_DOCS"):
+        DOCS.write_text(before + BEGIN + _options_table() + END + after)
+        table = _options_table()
+    assert table == _options_table()
+
+
+def _options_table() -> str:
+    lines = []
+    for path, kind, field in option_paths():
+        members = union_members(field)
+        if path.endswith(".kind") or (members and len(members) == 1 and field.annotation in members.values()):
+            if members:
+                kinds = (
+                    ""
+                    if "" in members
+                    else f' `kind = "{next(iter(members))}"`: {next(iter(members.values())).__doc__}'
+                )
+                lines += ["", f"### `[{path}]`", "", f"{field.description}{kinds}", ""]
+                lines += ["| option | values | default | meaning |", "|---|---|---|---|"]
+            continue
+        name = f"`{path}`" + (f" (`{kind}`)" if _is_choice(path) else "")
+        values = "one of " + ", ".join(members) if len(members) > 1 else describe_range(field) or _type(field)
+        lines.append(f"| {name} | {values} | {_default(field)} | {field.description} |")
+    return "| option | values | default | meaning |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _is_choice(path: str) -> bool:
+    table = path.rpartition(".")[0]
+    return any(path == table and len(union_members(field)) > 1 for path, _, field in option_paths())
+
+
+def _type(field: FieldInfo) -> str:
+    annotation = str(field.annotation)
+    for word, meaning in (("dict", "table"), ("tuple", "array of tables"), ("float", "number"), ("str", "text")):
+        if word in annotation:
+            return meaning
+    raise AssertionError(f"name the type of {annotation}")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return "see there"
+    match field.default:
+        case None:
+            return "unset"
+        case ConfigTable():
+            return f"`{field.default.kind}`"  # type: ignore[attr-defined]
+        case str() if not field.default:
+            return "empty"
+        case str():
+            return f"`{field.default}`"
+        case tuple() | dict():
+            return "empty"
+        case _:
+            return f"{field.default:g}"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cohort.sise = 3", "cohort.sise: there is no such key; did you mean 'size'?"),
+        ("sed = 1", "sed: there is no such key; did you mean 'seed'?"),
+        ("learning_rate = 1", "learning_rate: there is no such key here; did you mean 'training.optimizer.learning_rate'?"),
+        ("trainig.batch_size = 3", "trainig: there is no such key; did you mean 'training'?"),
+        ("cohort.quorum = 4", "cohort.quorum: expected at most size (3), got 4; no round could close: lower quorum"),
+        ("cohort.min_clients = 1", "cohort.min_clients: expected at least quorum (2), got 1; "),
+        ("cohort.quorum = -1", "cohort.quorum: expected 1 to 65536, got -1"),
+        ('cohort.quorum = "2"', 'cohort.quorum: expected a whole number, 1 to 65536, got "2"'),
+        ("cohort.over_selection = true", "cohort.over_selection: expected a number, 1 to 10, got true"),
+        ("cohort.over_selection = nan", "cohort.over_selection: expected a finite number, 1 to 10, got nan"),
+        ('cohort.labels."a b" = "c"', "cohort.labels.a b: expected only characters of a-zA-Z0-9._-, got"),
+        ("schedule.time_budget_seconds = 600", "schedule.time_budget_seconds: expected less than deadline_seconds (600)"),
+        ('training.local_work.kind = "step"', 'training.local_work.kind: expected "epochs" or "steps", got "step"; did you mean'),
+        ('training.local_work.kind = "steps"', "training.local_work.steps: is missing; write steps = 100 under"),
+        ("training.local_work = 3", "training.local_work: expected a table, got 3"),
+        ("training.optimizer.momentum = 0.9", 'training.optimizer: has no kind; add kind = "sgd", "adam" or "adamw"'),
+        (
+            'training.optimizer = { kind = "adam", momentum = 0.9 }',
+            "did you mean 'training.optimizer.momentum', which needs kind = \"sgd\"?",
+        ),
+        ('training.optimizer = { kind = "sgd", momentum = 1 }', "training.optimizer.momentum: expected at least 0, less than 1"),
+        ('training.overridable = ["lr"]', 'training.overridable[0]: expected "batch_size", "learning_rate"'),
+        ('training.overridable = ["optimizer", "optimizer"]', "training.overridable: expected each name once"),
+        ('aggregation.merge = [{ pattern = "x", rule = "men" }]', 'aggregation.merge[0].rule: expected "mean", "maximum" or'),
+        ('aggregation.merge = [{ patern = "x" }]', "aggregation.merge[0].patern: there is no such key; did you mean 'pattern'?"),
+        ('aggregation = { weighting = "uniform", max_weight = 3 }', "aggregation.max_weight: has no effect with weighting"),
+        ('codec.kind = "zip"', 'codec.kind: expected "raw", got "zip"'),
+        ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.target: needs a measured metric"),
+        ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.patience: needs a measured metric"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_cure(text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(MINIMAL + text)
+    assert f"\n  {expected}" in str(caught.value) or expected in str(caught.value)
+
+
+def test_what_is_missing_is_named_with_what_to_write() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config("[cohort]")
+    assert str(caught.value).splitlines() == [
+        "4 problems in the run config",
+        '  name: is missing; write name = "digits" at the top of the file',
+        '  workload: is missing; write workload = "digits" at the top of the file',
+        "  cohort.size: is missing; write size = 3 under [cohort]",
+        "  schedule: is missing; add a table [schedule] with max_rounds",
+    ]
+
+
+def test_what_is_no_toml_is_shown_with_its_place() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config('name = "a"\nworkload = digits\n')
+    assert str(caught.value) == (
+        "the run config is not TOML: line 2, column 12: Invalid value\n  workload = digits\n             ^"
+    )
+
+
+def test_a_config_of_megabytes_is_refused_unread() -> None:
+    with pytest.raises(ConfigError, match="longer than 262,144 bytes"):
+        parse_run_config("#" * (MAX_CONFIG_BYTES + 1))
+
+
+_PATHS = [(path, kind) for path, kind, field in option_paths() if "merge." not in path]
+
+
+@pytest.mark.parametrize(("path", "kind"), _PATHS)
+def test_a_misspelt_key_is_recognised_at_every_level(path: str, kind: str) -> None:
+    table, _, name = path.rpartition(".")
+    wrong = f"{table}.{name}_" if table else f"{name}_"
+    line = f"{wrong} = 1\n"
+    if kind and _is_choice(path):
+        line += f'{table}.kind = "{kind}"\n'
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(MINIMAL + line)
+    assert f"{wrong}: there is no such key; did you mean {name!r}?" in str(caught.value)
+
+
+_ATOMS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["sgd", "steps", "raw"])
+)
+_KEYS = st.sampled_from([path.rsplit(".", 1)[-1] for path, _, _ in option_paths()]) | st.text(min_size=1, max_size=4)
+_DOCUMENTS = st.recursive(
+    _ATOMS.filter(lambda atom: atom is not None),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from([path for path, _, _ in option_paths()]), _DOCUMENTS)
+def test_whatever_stands_in_a_file_is_accepted_or_explained(path: str, value: Any) -> None:
+    document = tomllib.loads(MINIMAL)
+    table = document
+    *tables, name = path.split(".")
+    for part in tables:
+        table = table.setdefault(part, {})
+    table[name] = value
+    text = _toml(document)
+    tomllib.loads(text)
+    try:
+        config = parse_run_config(text)
+    except ConfigError:
+        return
+    assert parse_run_config(to_toml(config)) == config
+
+
+def _toml(document: dict[str, Any]) -> str:
+    from fed_server.config import _value
+
+    return "\n".join(f"{_value(key)} = {_value(value)}" for key, value in document.items())
