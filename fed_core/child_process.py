@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -99,7 +98,7 @@ class ChildProcess:
                     self._is_busy = False
 
     def cancel(self) -> None:
-        """From any thread: kills the child if it is at work, and its call raises ChildError of kind CANCELLED. Else does nothing."""
+        """From any thread: kills the child if it is at work; the call raises ChildError of kind CANCELLED."""
         with self._state:
             if self._is_busy:
                 self._is_cancelled = True
@@ -111,9 +110,16 @@ class ChildProcess:
         self.cancel()
         with self._state:
             self._is_closed = True
-            running, self._running = self._running, None
-        if running is not None:
-            running.close()
+        # The call at work notices within moments; its pipes are not closed under it.
+        is_ours = self._calls.acquire(timeout=_CLOSE_SECONDS)
+        try:
+            with self._state:
+                running, self._running = self._running, None
+            if running is not None:
+                running.close()
+        finally:
+            if is_ours:
+                self._calls.release()
 
     @property
     def pid(self) -> int | None:
@@ -163,10 +169,11 @@ class _Running:
         self._buffer = bytearray()
         self._log = _Log(self.process.stderr, log_path)
         self._settings: Mapping[str, Any] | None = settings
+        self._is_doomed = False
 
     @property
     def is_alive(self) -> bool:
-        return self.process.poll() is None
+        return not self._is_doomed and self.process.poll() is None
 
     def ask(self, request: Mapping[str, Any], on_progress: OnProgress | None) -> Json:
         """Raises EOFError or BrokenPipeError where the child died."""
@@ -188,6 +195,7 @@ class _Running:
 
     def kill(self) -> None:
         """Ends it and what it started."""
+        self._is_doomed = True
         # Only while it is not reaped is its id its own.
         if self.process.poll() is None:
             with suppress(ProcessLookupError, PermissionError):
@@ -298,7 +306,7 @@ class Channel:
         return message
 
     def serve(self, answer: Callable[[Json, OnProgress], Json], kind_of: Callable[[BaseException], str]) -> None:
-        """Answers requests until the parent closes the pipe. Whatever `answer` raises becomes an error of the kind `kind_of` says."""
+        """Answers requests until the parent closes the pipe. What `answer` raises becomes an error of the kind that `kind_of` says."""
         while (request := self._requests.get()) is not None:
             self._is_working.set()
             try:

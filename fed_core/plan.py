@@ -84,9 +84,7 @@ class TrainingPlan:
 
     def to_proto(self) -> common_pb2.TrainingPlan:
         """The message that travels."""
-        return common_pb2.TrainingPlan(
-            epochs=self.epochs,
-            steps=self.steps,
+        message = common_pb2.TrainingPlan(
             batch_size=self.batch_size,
             optimizer=common_pb2.OptimizerPlan(**asdict(self.optimizer) | {"kind": _WIRE_OF_KIND[self.optimizer.kind]}),
             seed=self.seed,
@@ -94,6 +92,11 @@ class TrainingPlan:
             overridable=[_WIRE_OF_FIELD[name] for name in self.overridable],
             num_threads=self.num_threads,
         )
+        if self.steps is not None:
+            message.steps = self.steps
+        elif self.epochs is not None:
+            message.epochs = self.epochs
+        return message
 
     @classmethod
     def from_proto(cls, message: common_pb2.TrainingPlan) -> TrainingPlan:

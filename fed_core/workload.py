@@ -141,14 +141,15 @@ class Workload(ABC):
         rate, decay = plan.learning_rate, plan.weight_decay
         if plan.kind == "sgd":
             return optim.SGD(parameters, lr=rate, momentum=plan.momentum, weight_decay=decay)
-        rule = {"adam": optim.Adam, "adamw": optim.AdamW}[plan.kind]
+        rules: dict[str, type[optim.Adam] | type[optim.AdamW]] = {"adam": optim.Adam, "adamw": optim.AdamW}
+        rule = rules[plan.kind]
         return rule(parameters, lr=rate, weight_decay=decay)
 
     def training_step(self, model: nn.Module, batch: Any, optimizer: Optimizer) -> Tensor:
         """One step on one batch; returns the batch's mean loss. Override it for clipping, a proximal term, mixed precision."""
         optimizer.zero_grad()
         loss = self.loss(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.detach()
 

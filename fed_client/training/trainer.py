@@ -98,9 +98,7 @@ class Trainer:
     job gives the same bits in a warm process and in a fresh one. Thread-safe; jobs wait for each other.
     """
 
-    def __init__(
-        self, workload_source: str, *, site: Site, device: str = "auto", log_path: Path | None = None
-    ) -> None:
+    def __init__(self, workload_source: str, *, site: Site, device: str = "auto", log_path: Path | None = None) -> None:
         """`workload_source` is a name or path as `load_workload` takes it; `device` is "auto", "cpu", "cuda" or "mps". What the
         workload prints goes to `log_path`."""
         self.workload_source = workload_source
@@ -156,7 +154,7 @@ class Trainer:
         return EvaluationResult(**self._call(request, on_progress))
 
     def cancel(self) -> None:
-        """From any thread: ends the job at work, if there is one; it raises TrainingCancelledError. The next starts a new process."""
+        """From any thread: ends the job at work, which raises TrainingCancelledError; the next one starts a new process."""
         self._child.cancel()
 
     def close(self) -> None:
@@ -175,5 +173,7 @@ class Trainer:
             if error.kind == CANCELLED:
                 raise TrainingCancelledError("TRAINER_DIED", str(error)) from None
             if error.kind == DIED:
-                raise WorkloadError("TRAINER_DIED", f"training ended without an answer: {error}", error.traceback) from None
+                raise WorkloadError(
+                    "TRAINER_DIED", f"training ended without an answer: {error}", error.traceback
+                ) from None
             raise WorkloadError(error.kind, str(error), error.traceback) from None
