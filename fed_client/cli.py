@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 # gRPC's core reads it when it is imported, and by default prints notes of its own on stderr.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -35,13 +34,14 @@ app = typer.Typer(
 
     A first start:
 
-    [bold]fed-client doctor[/] --server fed.example.org:7443 --tls-ca ca.pem --workload hospital.py --data /data
+    [bold]fed-client doctor[/] --server fed.example.org:8443 --tls-ca ca.pem --workload hospital.py --data /data
 
-    [bold]fed-client run[/]    --server fed.example.org:7443 --tls-ca ca.pem --workload hospital.py --data /data --join-token-file token
+    [bold]fed-client run[/]    ... the same ... --join-token-file token
 
     Every option can also be set as FED_CLIENT_NAME_OF_OPTION, or in the TOML file of --config; the first of the three that
-    says something is heard. Exit codes: 0 done, 2 wrong option, 69 coordinator not reachable, 75 try again later, 77 not accepted by
-    the coordinator, 78 wrong setting.""",
+    says something is heard.""",
+    epilog="Exit codes: 0 done or stopped, 1 doctor found something, 2 wrong option, 69 coordinator not reachable, 75 try again later, "
+    "77 not accepted by the coordinator, 78 wrong setting.",
 )
 
 _COORDINATOR, _SITE, _WORK, _OVERRIDES = "Coordinator", "Site", "Work", "Instead of the plan, where the run allows it"
@@ -52,42 +52,41 @@ def _option(description: str, panel: str, *names: str, **extra: Any) -> Any:
 
 
 Config = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(envvar="FED_CLIENT_CONFIG", help="TOML file with settings: the options' names, with underscores."),
 ]
-Server = Annotated[Optional[str], _option("Address of the coordinator, HOST:PORT.", _COORDINATOR)]
+Server = Annotated[str | None, _option("Address of the coordinator, HOST:PORT.", _COORDINATOR)]
 TlsCa = Annotated[
-    Optional[Path], _option("PEM file of the authority that signed its certificate; public ones are known.", _COORDINATOR)
+    Path | None,
+    _option("PEM file of the authority that signed its certificate; public ones are known.", _COORDINATOR),
 ]
-TlsCert = Annotated[Optional[Path], _option("PEM certificate of this site, if the coordinator asks for one.", _COORDINATOR)]
-TlsKey = Annotated[Optional[Path], _option("Key of --tls-cert.", _COORDINATOR)]
-TlsServerName = Annotated[
-    Optional[str], _option("Name in its certificate, where that is not the address.", _COORDINATOR)
+TlsCert = Annotated[
+    Path | None, _option("PEM certificate of this site, if the coordinator asks for one.", _COORDINATOR)
 ]
+TlsKey = Annotated[Path | None, _option("Key of --tls-cert.", _COORDINATOR)]
+TlsServerName = Annotated[str | None, _option("Name in its certificate, where that is not the address.", _COORDINATOR)]
 Insecure = Annotated[
     bool, _option("No TLS (the loopback needs none). Everything can be read on the way.", _COORDINATOR, "--insecure")
 ]
-StateDir = Annotated[
-    Optional[Path], _option("Folder for identity, cache and spool [$XDG_STATE_HOME/fed-client].", _SITE)
-]
-Name = Annotated[Optional[str], _option("Name of this site, unique in the federation [the host's name].", _SITE)]
-JoinToken = Annotated[Optional[str], _option("Join token that fed-server printed; needed once.", _SITE)]
-JoinTokenFile = Annotated[Optional[Path], _option("File that holds the join token.", _SITE)]
-Label = Annotated[Optional[list[str]], _option("key=value that runs may select sites by; repeat.", _SITE)]
+StateDir = Annotated[Path | None, _option("Folder for identity, cache and spool [$XDG_STATE_HOME/fed-client].", _SITE)]
+Name = Annotated[str | None, _option("Name of this site, unique in the federation [the host's name].", _SITE)]
+JoinToken = Annotated[str | None, _option("Join token that fed-server printed; needed once.", _SITE)]
+JoinTokenFile = Annotated[Path | None, _option("File that holds the join token.", _SITE)]
+Label = Annotated[list[str] | None, _option("key=value that runs may select sites by; repeat.", _SITE)]
 Workload = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     _option("Workload to offer: an installed name, or path/to/file.py[:Class]; repeat.", _WORK),
 ]
-Data = Annotated[Optional[Path], _option("Where this site's data lies; the workload reads it.", _WORK)]
-WorkloadOption = Annotated[Optional[list[str]], _option("key=value for the workload; repeat.", _WORK)]
-DeviceOption = Annotated[Optional[str], _option("cpu, cuda, mps, or auto: the first of cuda, mps, cpu [auto].", _WORK)]
-BatchSize = Annotated[Optional[int], _option("Examples per step.", _OVERRIDES)]
-LearningRate = Annotated[Optional[float], _option("Step size.", _OVERRIDES)]
-Epochs = Annotated[Optional[int], _option("Passes over the data.", _OVERRIDES)]
-Steps = Annotated[Optional[int], _option("Optimizer steps.", _OVERRIDES)]
-OptimizerOption = Annotated[Optional[str], _option("sgd, adam or adamw.", _OVERRIDES)]
-LogFormatOption = Annotated[Optional[str], _option("pretty, json, or auto: pretty on a terminal [auto].", "Logs")]
-LogLevelOption = Annotated[Optional[str], _option("debug, info, warning or error [info].", "Logs")]
+Data = Annotated[Path | None, _option("Where this site's data lies; the workload reads it.", _WORK)]
+WorkloadOption = Annotated[list[str] | None, _option("key=value for the workload; repeat.", _WORK)]
+DeviceOption = Annotated[str | None, _option("cpu, cuda, mps, or auto: the first of cuda, mps, cpu [auto].", _WORK)]
+BatchSize = Annotated[int | None, _option("Examples per step.", _OVERRIDES)]
+LearningRate = Annotated[float | None, _option("Step size.", _OVERRIDES)]
+Epochs = Annotated[int | None, _option("Passes over the data.", _OVERRIDES)]
+Steps = Annotated[int | None, _option("Optimizer steps.", _OVERRIDES)]
+OptimizerOption = Annotated[str | None, _option("sgd, adam or adamw.", _OVERRIDES)]
+LogFormatOption = Annotated[str | None, _option("pretty, json, or auto: pretty on a terminal [auto].", "Logs")]
+LogLevelOption = Annotated[str | None, _option("debug, info, warning or error [info].", "Logs")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -115,10 +114,10 @@ def _exits() -> Iterator[None]:
     try:
         yield
     except FedstreamError as error:
-        print(f"fed-client: {error}", file=sys.stderr)
+        typer.echo(f"fed-client: {error}", err=True)
         raise typer.Exit(exit_code_of(error)) from None
     except StateDirectoryLockedError as error:
-        print(f"fed-client: {error}", file=sys.stderr)
+        typer.echo(f"fed-client: {error}", err=True)
         raise typer.Exit(ExitCode.TEMPORARY) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -158,7 +157,9 @@ def run(
     with _exits():
         settings = _settings(ctx)
         if not settings.workload:
-            raise ConfigError("workload: nothing to offer; give --workload, an installed name or path/to/file.py[:Class]")
+            raise ConfigError(
+                "workload: nothing to offer; give --workload, an installed name or path/to/file.py[:Class]"
+            )
         configure_logging(settings.log_format, settings.log_level)
         state = StateDirectory(settings.state_dir)
         state.create()
@@ -195,7 +196,9 @@ def enroll(
         state.create()
         state.lock()
         identity = enroll_site(settings, state, Stop(), give_up_after=wait)
-        print(f"{identity.name} is enrolled at {identity.server} as {identity.client_id}; identity in {state.root}")
+        typer.echo(
+            f"{identity.name} is enrolled at {identity.server} as {identity.client_id}; identity in {state.root}"
+        )
 
 
 @app.command()
@@ -243,14 +246,14 @@ def doctor(
             if check.cure:
                 console.print(" " * 16, check.cure, markup=False, soft_wrap=True)
     if as_json:
-        print(json.dumps([check.to_dict() for check in checks], indent=1))
+        typer.echo(json.dumps([check.to_dict() for check in checks], indent=1))
     raise typer.Exit(ExitCode.FAILED if any(check.verdict is Verdict.FAIL for check in checks) else ExitCode.OK)
 
 
 @app.command()
 def status(
     state_dir: Annotated[
-        Optional[Path], typer.Option(envvar="FED_CLIENT_STATE_DIR", help="Folder of the daemon.", show_default=False)
+        Path | None, typer.Option(envvar="FED_CLIENT_STATE_DIR", help="Folder of the daemon.", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -261,7 +264,7 @@ def status(
             raise ConfigError(f"state_dir: {state.root} does not exist; give the folder of a daemon with --state-dir")
         report = _status(state)
     if as_json:
-        print(json.dumps(report, indent=1))
+        typer.echo(json.dumps(report, indent=1))
     else:
         _print_status(report)
 
@@ -288,7 +291,9 @@ def _status(state: StateDirectory) -> dict[str, Any]:
 
 def _print_status(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    console.print(f"{report['name'] or 'not enrolled yet'} at {report['server'] or '-'}, state in {report['state_dir']}")
+    console.print(
+        f"{report['name'] or 'not enrolled yet'} at {report['server'] or '-'}, state in {report['state_dir']}"
+    )
     console.print(f"daemon: {'process ' + str(report['pid']) if report['is_running'] else 'not running'}")
     link = report["coordinator"]
     if "error" in link:

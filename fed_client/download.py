@@ -13,9 +13,10 @@ from fed_client.durable import SiteDiskFullError, disk_errors_named
 from fed_client.retry import PASSING, Retries
 from fed_client.stop import Stop
 from fed_client.transport import Progress, Transport
-from fed_core.errors import CorruptError, FedstreamError, InvalidError, NotFoundError
+from fed_core.errors import CorruptError, FedstreamError, InvalidError, NotFoundError, PayloadError
 from fed_core.failpoints import failpoint
-from fed_core.payload.verify import SegmentVerifier, verify_file, verify_prefix
+from fed_core.payload.frames import CHUNK_BYTES
+from fed_core.payload.verify import SegmentVerifier, verify_file
 from fedstream.v1 import participation_pb2
 
 # A payload that fails at one place so often is bad at the coordinator, and one that is "not found" so often is gone.
@@ -89,13 +90,12 @@ class Downloads:
     ) -> None:
         digest, total = assignment.model.digest, assignment.model.total_bytes
         part = self._cache.part(digest)
-        offset, manifest = verify_prefix(part, digest, total) if part.exists() else (0, None)
+        verifier, offset = _resume(part, digest, total)
         if shutil.disk_usage(part.parent).free < total - offset:
             raise SiteDiskFullError(
                 f"the model needs {total - offset} more bytes in {part.parent}, which has fewer free; free some, or move the "
                 "state directory to a larger disk"
             )
-        verifier = SegmentVerifier(digest, total, verified=(offset, manifest))
         with disk_errors_named(part.parent), part.open("r+b" if part.exists() else "w+b") as file:
             file.truncate(offset)
             file.seek(offset)
@@ -125,3 +125,21 @@ class Downloads:
         part = self._cache.part(digest)
         if part.exists():
             os.truncate(part, offset)
+
+
+def _resume(part: Path, digest: bytes, total_bytes: int) -> tuple[SegmentVerifier, int]:
+    """A verifier that has taken what is there of a download, and where to go on: at the end, in the middle of a segment too,
+    for on a line that breaks often whole segments may never come through; or at the end of what is good."""
+    verifier = SegmentVerifier(digest, total_bytes)
+    if not part.exists():
+        return verifier, 0
+    offset = 0
+    try:
+        with part.open("rb", buffering=0) as file:
+            while block := file.read(CHUNK_BYTES):
+                verifier.feed(block)
+                offset += len(block)
+    except (CorruptError, PayloadError):  # a power cut tore it
+        offset = verifier.verified_offset
+        verifier = SegmentVerifier(digest, total_bytes, verified=(offset, verifier.manifest))
+    return verifier, offset

@@ -31,7 +31,8 @@ class Retries:
         self._log = log
         self._backoff = Backoff()
         self.patience = 1.0
-        """Factor on the stall watchdog: doubled by each stall without progress, so that no line is too slow for us."""
+        """Factor on the stall watchdog, doubled by each stall: what a slow line still holds in its buffers looks like one, and
+        no line is to be too slow for us."""
 
     def wait(self, error: FedstreamError) -> None:
         """Waits as the error asks for. Raises StoppedError as soon as the work is dropped."""
@@ -54,4 +55,3 @@ class Retries:
     def progressed(self) -> None:
         """Bytes moved since the last failure: begin with short waits again."""
         self._backoff.reset()
-        self.patience = 1.0

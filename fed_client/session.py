@@ -31,6 +31,8 @@ from fedstream.v1 import common_pb2, participation_pb2
 
 # An answer that comes at once and changes nothing is a difference that we cannot resolve; asking on would be a hot loop.
 _IDLE_ANSWER_SECONDS = 1.0
+# Until the coordinator has said how long it really is.
+_FIRST_LEASE_SECONDS = 20.0
 SKEW_SECONDS = 60.0
 
 OnRefused = Callable[[Held, str], None]
@@ -126,6 +128,7 @@ class PollLoop:
         self._on_refused = on_refused
         self._fatal = fatal
         self._stop = Stop()
+        self._lease_seconds = _FIRST_LEASE_SECONDS
         self._idle_reason: str | None = None
         self._said_skew = False
         self.last: dict[str, Any] = {}
@@ -168,10 +171,13 @@ class PollLoop:
                 self._stop.sleep(backoff.within(2 * _IDLE_ANSWER_SECONDS))
 
     def _request(self, held: list[Held], workloads: Mapping[str, str]) -> participation_pb2.PollAssignmentRequest:
-        return poll_request(held, self._settings.poll_seconds, workloads, self._settings.labels)
+        # A poll renews the lease when it arrives, so it must not wait for as long as the lease lasts.
+        seconds = min(self._settings.poll_seconds, max(self._lease_seconds / 2, 1.0))
+        return poll_request(held, seconds, workloads, self._settings.labels)
 
     def _note(self, answer: participation_pb2.PollAssignmentResponse) -> None:
         log = structlog.get_logger()
+        self._lease_seconds = answer.lease_seconds or self._lease_seconds
         skew = time.time() - answer.server_time.ToMicroseconds() / 1e6 if answer.HasField("server_time") else 0.0
         self.last = {
             "polled_time": time.time(),

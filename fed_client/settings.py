@@ -52,7 +52,7 @@ def split_address(server: str) -> tuple[str, int]:
     host, separator, port = server.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{server!r} is not an address; write HOST:PORT, such as fed.example.org:7443")
+        raise ValueError(f"{server!r} is not an address; write HOST:PORT, such as fed.example.org:8443")
     if "//" in host or ("/" in host):
         raise ValueError(f"{server!r} is a URL; leave the scheme and the path out and write HOST:PORT")
     return host, int(port)

@@ -37,6 +37,8 @@ _SLOW_CHUNK_SECONDS = 2.0
 _FAST_CHUNK_SECONDS = 0.25
 # The coordinator flushes an update to disk before it answers; the slowest disk that we wait for writes this fast.
 _FLUSH_BYTES_PER_SECOND = 10 * 2**20
+# How long an upload that was dropped after its last byte still waits for its receipt.
+_LATE_RECEIPT_SECONDS = 3.0
 
 Progress = Callable[[int, int], None]
 
@@ -133,8 +135,8 @@ class Transport:
     ) -> transfer_pb2.Receipt:
         """Sends the payload file that begins with `manifest` from an offset on and returns the receipt.
 
-        `on_progress(bytes handed over, total)` is called after each chunk, from another thread. Once everything is sent `stop` no
-        longer breaks the call off: the receipt is on its way. `patience` stretches the watchdog. Raises the coordinator's error,
+        `on_progress(bytes handed over, total)` is called after each chunk, from another thread. Once everything is sent, `stop`
+        leaves a moment for the receipt: the coordinator drops an assignment because it has just received it. `patience` stretches the watchdog. Raises the coordinator's error,
         UnavailableError after a stall, StoppedError, or SpoolReadError where the file is not what was spooled.
         """
         payload = common_pb2.PayloadRef(digest=manifest.digest, total_bytes=manifest.total_bytes, kind=manifest.kind)
@@ -145,11 +147,17 @@ class Transport:
         with self._named_errors():
             call = self._upload.future(iter(source), metadata=self._metadata())
 
+        dropped_at: float | None = None
+
         def interrupt() -> None:
+            nonlocal dropped_at
+            dropped_at = time.monotonic()
             if not source.is_sent:
                 call.cancel()
 
         def allowance() -> float:
+            if dropped_at is not None:
+                return dropped_at + _LATE_RECEIPT_SECONDS - source.moved_at
             flushing = manifest.total_bytes / _FLUSH_BYTES_PER_SECOND if source.is_sent else 0.0
             return self._stall_seconds * patience + flushing
 

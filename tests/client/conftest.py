@@ -195,8 +195,13 @@ def identity(coordinator: FakeCoordinator) -> Identity:
 @pytest.fixture
 def settings(coordinator: FakeCoordinator, tmp_path: Path) -> Settings:
     return load_settings(
-        {"server": coordinator.address, "state_dir": tmp_path / "state", "name": "site", "join_token": "join",
-         "stall_seconds": 2.0}
+        {
+            "server": coordinator.address,
+            "state_dir": tmp_path / "state",
+            "name": "site",
+            "join_token": "join",
+            "stall_seconds": 2.0,
+        }
     )
 
 

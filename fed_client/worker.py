@@ -1,0 +1,270 @@
+"""The two threads that turn an assignment into a receipt: one fetches and trains, the other uploads.
+
+They meet in the spool, so an upload goes on while the next training runs.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from fed_client.cache import ModelCache
+from fed_client.download import Downloads
+from fed_client.durable import SiteDiskFullError
+from fed_client.reports import Fatal, Outbox, ProgressReporter, evaluation, failure, failure_kind, failure_name
+from fed_client.settings import Settings
+from fed_client.spool import Spool
+from fed_client.stop import StoppedError
+from fed_client.training.trainer import EvaluateJob, Trainer, TrainJob, WorkloadError
+from fed_client.transport import Transport
+from fed_client.upload import SpoolCorruptError, deliver
+from fed_client.work import Held, WorkTable
+from fed_core.errors import (
+    FedstreamError,
+    InvalidError,
+    NoLongerNeededError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from fed_core.failpoints import failpoint
+from fed_core.plan import SiteOverrides, TrainingPlan, apply_overrides
+from fedstream.v1 import common_pb2, participation_pb2
+
+_PAUSE_AFTER_BUG_SECONDS = 10.0
+
+Discard = Callable[[Held], None]
+
+
+class Worker:
+    """Fetches the model, trains or evaluates in the trainer process, spools the update. One assignment at a time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        trainers: Mapping[str, Trainer],
+        downloads: Downloads,
+        cache: ModelCache,
+        spool: Spool,
+        table: WorkTable,
+        progress: ProgressReporter,
+        outbox: Outbox,
+        discard: Discard,
+        fatal: Fatal,
+    ) -> None:
+        """`trainers` maps the names of the workloads offered; it is filled before `run`."""
+        self._settings = settings
+        self._trainers = trainers
+        self._downloads = downloads
+        self._cache = cache
+        self._spool = spool
+        self._table = table
+        self._progress = progress
+        self._outbox = outbox
+        self._discard = discard
+        self._fatal = fatal
+
+    def run(self) -> None:
+        """The thread: works until the table closes."""
+        while held := self._table.take(common_pb2.WORK_PHASE_QUEUED):
+            log = structlog.get_logger().bind(**held.log_fields)
+            try:
+                self._work(held, log)
+            except Exception as error:
+                self._end(held, error, log)
+            self._cache.trim({each.assignment.model.digest for each in self._table.held()})
+
+    def refuse(self, held: Held, problem: str) -> None:
+        """Gives up an assignment that this site cannot do; the caller has it in hand."""
+        structlog.get_logger().warning("assignment refused", reason=problem, **held.log_fields)
+        self._outbox.put(held, failure(held, participation_pb2.FAILURE_KIND_REFUSED_BY_SITE, problem))
+
+    def _work(self, held: Held, log: Any) -> None:
+        assignment = held.assignment
+        is_training = assignment.kind == common_pb2.ASSIGNMENT_KIND_TRAIN
+        log.info(
+            "assignment taken",
+            kind="train" if is_training else "evaluate",
+            workload=assignment.workload.name,
+            model_bytes=assignment.model.total_bytes,
+            reads=str(self._settings.data) if self._settings.data else "what the workload reads",
+            sends=f"update of the shared tensors ({assignment.codec}), metrics" if is_training else "metrics",
+        )
+        self._table.move(held, common_pb2.WORK_PHASE_DOWNLOADING)
+
+        def downloaded(done: int, total: int) -> None:
+            self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_DOWNLOADING, done, total)
+
+        self._downloads.fetch(assignment, held.stop, downloaded, log)
+        (self._train if is_training else self._evaluate)(held, log)
+
+    def _train(self, held: Held, log: Any) -> None:
+        assignment, trainer = held.assignment, self._trainers[held.assignment.workload.name]
+        overrides = SiteOverrides(**self._settings.overrides.model_dump())
+        plan, refused = apply_overrides(TrainingPlan.from_proto(assignment.plan), overrides)
+        if refused:
+            log.warning("overrides that this run does not allow are left out", refused=refused)
+        job = TrainJob(
+            assignment_id=assignment.assignment_id,
+            run_id=assignment.run_id,
+            round=assignment.round,
+            model_version=assignment.model_version,
+            model_path=self._cache.path(assignment.model.digest),
+            base_digest=assignment.model.digest.hex(),
+            plan=plan,
+            fingerprint=assignment.fingerprint.hex(),
+            codec=assignment.codec,
+            out_path=self._spool.path(assignment.assignment_id),
+        )
+        self._table.move(held, common_pb2.WORK_PHASE_TRAINING)
+        with held.stop.interrupting(trainer.cancel):
+            result = trainer.train(job, self._watch(held, trainer, common_pb2.WORK_PHASE_TRAINING))
+        held.stop.check()
+        spooled = self._spool.add(assignment, bytes.fromhex(result.digest), result.total_bytes)
+        failpoint("client-spooled")
+        self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_SPOOLED)
+        log.info(
+            "trained",
+            num_examples=result.num_examples,
+            num_steps=result.num_steps,
+            is_partial=result.is_partial,
+            seconds=round(result.seconds, 2),
+            update_bytes=result.total_bytes,
+            **{name: round(value, 5) for name, value in result.metrics.items()},
+        )
+        self._table.release(held, common_pb2.WORK_PHASE_SPOOLED, spooled)
+
+    def _evaluate(self, held: Held, log: Any) -> None:
+        assignment, trainer = held.assignment, self._trainers[held.assignment.workload.name]
+        job = EvaluateJob(
+            assignment_id=assignment.assignment_id,
+            model_path=self._cache.path(assignment.model.digest),
+            fingerprint=assignment.fingerprint.hex(),
+            batch_size=assignment.plan.batch_size,
+            seed=assignment.plan.seed,
+            num_threads=assignment.plan.num_threads,
+        )
+        self._table.move(held, common_pb2.WORK_PHASE_EVALUATING)
+        with held.stop.interrupting(trainer.cancel):
+            result = trainer.evaluate(job, self._watch(held, trainer, common_pb2.WORK_PHASE_EVALUATING))
+        held.stop.check()
+        log.info(
+            "evaluated",
+            num_examples=result.num_examples,
+            **{name: round(value, 5) for name, value in result.metrics.items()},
+        )
+        self._outbox.put(held, evaluation(held, result.num_examples, result.metrics))
+
+    def _watch(
+        self, held: Held, trainer: Trainer, phase: common_pb2.WorkPhase.ValueType
+    ) -> Callable[[int, int, Mapping[str, float]], None]:
+        def on_progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
+            if held.stop.is_set:
+                trainer.cancel()  # an interrupt that came before the trainer had begun had nothing to cancel
+            self._progress.update(held.assignment_id, phase, done, total, metrics)
+
+        return on_progress
+
+    def _end(self, held: Held, error: Exception, log: Any) -> None:
+        if self._table.is_closed:
+            return
+        if held.stop.is_set or isinstance(error, StoppedError):
+            log.info("dropped", reason=held.stop.reason)
+            self._discard(held)
+        elif isinstance(error, UnauthenticatedError):
+            self._fatal(error)
+        else:
+            self._spool.remove(held.assignment_id)
+            verdict = verdict_of(held, error)
+            log.warning("assignment failed", kind=failure_name(verdict.kind), error=str(error))
+            if verdict.traceback:
+                log.debug("traceback", traceback=verdict.traceback)
+            self._outbox.put(held, verdict)
+
+
+def verdict_of(held: Held, error: Exception) -> participation_pb2.ReportFailureRequest:
+    """What is reported of an error that ended a piece of work."""
+    if isinstance(error, WorkloadError):
+        return failure(held, failure_kind(error.kind), str(error), error.traceback)
+    if isinstance(error, SiteDiskFullError):
+        return failure(held, participation_pb2.FAILURE_KIND_DISK_FULL, str(error))
+    if isinstance(error, SpoolCorruptError):
+        return failure(held, participation_pb2.FAILURE_KIND_SPOOL_CORRUPT, str(error))
+    if isinstance(error, FedstreamError):
+        return failure(held, participation_pb2.FAILURE_KIND_REFUSED_BY_SITE, str(error))
+    message = f"fed-client itself failed: {type(error).__name__}: {error}"
+    return failure(
+        held, participation_pb2.FAILURE_KIND_REFUSED_BY_SITE, message, "".join(traceback.format_exception(error))
+    )
+
+
+class Uploader:
+    """Delivers what the spool holds, the oldest first."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        spool: Spool,
+        table: WorkTable,
+        progress: ProgressReporter,
+        outbox: Outbox,
+        discard: Discard,
+        fatal: Fatal,
+    ) -> None:
+        self._transport = transport
+        self._spool = spool
+        self._table = table
+        self._progress = progress
+        self._outbox = outbox
+        self._discard = discard
+        self._fatal = fatal
+
+    def run(self) -> None:
+        """The thread: delivers until the table closes."""
+        while held := self._table.take(common_pb2.WORK_PHASE_SPOOLED):
+            log = structlog.get_logger().bind(**held.log_fields)
+            self._table.move(held, common_pb2.WORK_PHASE_UPLOADING)
+            try:
+                self._upload(held, log)
+            except Exception as error:
+                self._end(held, error, log)
+
+    def _upload(self, held: Held, log: Any) -> None:
+        assert held.spooled is not None
+
+        def uploaded(done: int, total: int) -> None:
+            self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_UPLOADING, done, total)
+
+        receipt = deliver(self._transport, held.spooled, held.stop, uploaded, log)
+        self._discard(held)
+        log.info("uploaded", bytes=held.spooled.total_bytes)
+        if receipt.digest != held.spooled.digest:
+            log.info("the coordinator had taken another update for this assignment before", digest=receipt.digest.hex())
+
+    def _end(self, held: Held, error: Exception, log: Any) -> None:
+        if self._table.is_closed:
+            return
+        if isinstance(error, StoppedError | NoLongerNeededError | NotFoundError | PermissionDeniedError):
+            log.info("dropped", reason=str(error))
+            self._discard(held)
+        elif isinstance(error, UnauthenticatedError):
+            self._fatal(error)
+        elif isinstance(error, SpoolCorruptError):
+            log.warning("spool damaged", error=str(error))
+            self._spool.remove(held.assignment_id)
+            self._outbox.put(held, verdict_of(held, error))
+        elif isinstance(error, InvalidError):
+            log.warning("update refused", error=str(error))
+            self._spool.remove(held.assignment_id)
+            self._outbox.put(held, failure(held, participation_pb2.FAILURE_KIND_UPDATE_REFUSED, str(error)))
+        else:
+            # A bug of ours must neither lose the update nor end the thread.
+            log.error("upload failed unexpectedly, trying again later", exc_info=error)
+            held.stop.sleep(_PAUSE_AFTER_BUG_SECONDS)
+            try:
+                self._table.release(held, common_pb2.WORK_PHASE_SPOOLED)
+            except StoppedError as stopped:
+                self._end(held, stopped, log)
