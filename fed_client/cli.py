@@ -40,8 +40,8 @@ app = typer.Typer(
 
     Every option can also be set as FED_CLIENT_NAME_OF_OPTION, or in the TOML file of --config; the first of the three that
     says something is heard.""",
-    epilog="Exit codes: 0 done or stopped, 1 doctor found something, 2 wrong option, 69 coordinator not reachable, 75 try again later, "
-    "77 not accepted by the coordinator, 78 wrong setting.",
+    epilog="Exit codes: 0 done or stopped, 1 doctor found something, 2 wrong option, 69 coordinator not reachable, "
+    "75 try again later, 77 not accepted by the coordinator, 78 wrong setting.",
 )
 
 _COORDINATOR, _SITE, _WORK, _OVERRIDES = "Coordinator", "Site", "Work", "Instead of the plan, where the run allows it"
@@ -68,8 +68,12 @@ TlsServerName = Annotated[str | None, _option("Name in its certificate, where th
 Insecure = Annotated[
     bool, _option("No TLS (the loopback needs none). Everything can be read on the way.", _COORDINATOR, "--insecure")
 ]
-StateDir = Annotated[Path | None, _option("Folder for identity, cache and spool [$XDG_STATE_HOME/fed-client].", _SITE)]
-Name = Annotated[str | None, _option("Name of this site, unique in the federation [the host's name].", _SITE)]
+StateDir = Annotated[
+    Path | None, _option("Folder for identity, cache and spool; ~/.local/state/fed-client unless given.", _SITE)
+]
+Name = Annotated[
+    str | None, _option("Name of this site, unique in the federation; the host's name unless given.", _SITE)
+]
 JoinToken = Annotated[str | None, _option("Join token that fed-server printed; needed once.", _SITE)]
 JoinTokenFile = Annotated[Path | None, _option("File that holds the join token.", _SITE)]
 Label = Annotated[list[str] | None, _option("key=value that runs may select sites by; repeat.", _SITE)]
@@ -79,14 +83,16 @@ Workload = Annotated[
 ]
 Data = Annotated[Path | None, _option("Where this site's data lies; the workload reads it.", _WORK)]
 WorkloadOption = Annotated[list[str] | None, _option("key=value for the workload; repeat.", _WORK)]
-DeviceOption = Annotated[str | None, _option("cpu, cuda, mps, or auto: the first of cuda, mps, cpu [auto].", _WORK)]
+DeviceOption = Annotated[
+    str | None, _option("cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there.", _WORK)
+]
 BatchSize = Annotated[int | None, _option("Examples per step.", _OVERRIDES)]
 LearningRate = Annotated[float | None, _option("Step size.", _OVERRIDES)]
 Epochs = Annotated[int | None, _option("Passes over the data.", _OVERRIDES)]
 Steps = Annotated[int | None, _option("Optimizer steps.", _OVERRIDES)]
 OptimizerOption = Annotated[str | None, _option("sgd, adam or adamw.", _OVERRIDES)]
-LogFormatOption = Annotated[str | None, _option("pretty, json, or auto: pretty on a terminal [auto].", "Logs")]
-LogLevelOption = Annotated[str | None, _option("debug, info, warning or error [info].", "Logs")]
+LogFormatOption = Annotated[str | None, _option("pretty, json, or auto: pretty on a terminal.", "Logs")]
+LogLevelOption = Annotated[str | None, _option("debug, info, warning or error.", "Logs")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -136,8 +136,9 @@ class Transport:
         """Sends the payload file that begins with `manifest` from an offset on and returns the receipt.
 
         `on_progress(bytes handed over, total)` is called after each chunk, from another thread. Once everything is sent, `stop`
-        leaves a moment for the receipt: the coordinator drops an assignment because it has just received it. `patience` stretches the watchdog. Raises the coordinator's error,
-        UnavailableError after a stall, StoppedError, or SpoolReadError where the file is not what was spooled.
+        leaves a moment for the receipt: the coordinator drops an assignment because it has just received it. `patience`
+        stretches the watchdog. Raises the coordinator's error, UnavailableError after a stall, StoppedError, or SpoolReadError
+        where the file is not what was spooled.
         """
         payload = common_pb2.PayloadRef(digest=manifest.digest, total_bytes=manifest.total_bytes, kind=manifest.kind)
         header = transfer_pb2.UploadRequest(
