@@ -7,6 +7,8 @@ gets the class that stands first for the status code.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import grpc
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
@@ -94,10 +96,11 @@ def from_rpc_error(error: grpc.RpcError) -> FedstreamError:
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     message = (error.details() if isinstance(error, grpc.Call) else None) or str(error)
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
     except ValueError:  # details that contradict the code: trust the code
         status = None
-    for packed in status.details if status is not None else ():
+    details: Iterable[any_pb2.Any] = status.details if status is not None else ()
+    for packed in details:
         info = error_details_pb2.ErrorInfo()
         if (
             packed.Unpack(info)

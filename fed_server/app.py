@@ -21,7 +21,6 @@ from grpc_reflection.v1alpha import reflection
 from fed_core.errors import ConfigError
 from fed_core.grpc_options import server_options
 from fed_server.clock import Clock, SystemClock
-from fed_server.evaluation.evaluator import Evaluator
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.membership import Membership
 from fed_server.rounds.run import Facilities
@@ -107,6 +106,8 @@ class App:
         workers = Workers(store, num_disk_threads=settings.max_concurrent_transfers + 2, num_compute_threads=2)
         self._stack.callback(workers.close)
         evaluators = {}
+        if settings.workloads:
+            from fed_server.evaluation.evaluator import Evaluator
         for source in settings.workloads:
             evaluator = Evaluator(source, settings.evaluation_data, files.root / "evaluator.log")
             self._stack.callback(evaluator.close)
@@ -138,7 +139,9 @@ class App:
         server.add_generic_rpc_handlers((transfer.handler(),))
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        reflection.enable_server_reflection((*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
+        reflection.enable_server_reflection(
+            (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server
+        )
 
         self._listen(server)
         await server.start()
@@ -186,7 +189,9 @@ def _credentials(settings: ServerSettings) -> grpc.ServerCredentials:
         key, certificate = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
         client_ca = settings.tls_ca.read_bytes() if settings.tls_ca is not None else None
     except OSError as error:
-        raise ConfigError(f"TLS file {error.filename}: {error.strerror}; the server's user must be able to read it") from None
+        raise ConfigError(
+            f"TLS file {error.filename}: {error.strerror}; the server's user must be able to read it"
+        ) from None
     return grpc.ssl_server_credentials(
         [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
     )

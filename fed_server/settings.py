@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -19,22 +19,30 @@ class ServerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="FED_SERVER_", extra="forbid", frozen=True)
 
-    data_dir: Path = Field(default=DEFAULT_DATA_DIR, description="Directory for state, models and the operator's socket.")
+    data_dir: Path = Field(
+        default=DEFAULT_DATA_DIR, description="Directory for state, models and the operator's socket."
+    )
     listen: str = Field(default="127.0.0.1:8443", description="HOST:PORT for clients; port 0 picks a free one.")
     tls_cert: Path | None = Field(default=None, description="Certificate chain of this server, PEM.")
     tls_key: Path | None = Field(default=None, description="Private key of that certificate, PEM.")
     tls_ca: Path | None = Field(default=None, description="CA whose client certificates are required, PEM; optional.")
-    insecure: bool = Field(default=False, description="Listen without TLS off the loopback. Never drops authentication.")
+    insecure: bool = Field(
+        default=False, description="Listen without TLS off the loopback. Never drops authentication."
+    )
     workloads: tuple[str, ...] = Field(
         default=(), description="Workloads to evaluate with on this machine: entry point names or FILE.py[:Class]."
     )
     evaluation_data: Path | None = Field(default=None, description="Public evaluation data for those workloads.")
     max_concurrent_transfers: int = Field(default=8, ge=1, le=1024, description="Bulk streams at once; others wait.")
-    lease_seconds: float = Field(default=30.0, gt=0, le=3600, description="Silence after which a client counts as gone.")
+    lease_seconds: float = Field(
+        default=30.0, gt=0, le=3600, description="Silence after which a client counts as gone."
+    )
     drain_seconds: float = Field(
         default=10.0, ge=0, le=3600, description="On SIGTERM, how long transfers that are under way may go on."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe lines logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe lines logged."
+    )
     log_format: Literal["auto", "json", "pretty"] = Field(
         default="auto", description="auto: pretty on a terminal, JSON lines elsewhere."
     )
@@ -94,7 +102,8 @@ def load_settings(config_file: Path | None, **flags: object) -> ServerSettings:
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config_file)
 
     try:
-        return Sources(**{name: value for name, value in flags.items() if value is not None and value != ()})
+        given: Any = {name: value for name, value in flags.items() if value is not None and value != ()}
+        return Sources(**given)
     except ValidationError as error:
         problems = []
         for detail in error.errors():

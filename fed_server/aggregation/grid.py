@@ -81,7 +81,9 @@ def make_grid(specs: Sequence[TensorSpec], max_abs: Mapping[str, float], policy:
             continue
         largest = max_abs.get(spec.name, 0.0)
         if not isfinite(largest):
-            raise ConfigError(f"tensor {spec.name!r} of the base model holds NaN or infinity; nothing can be averaged onto it")
+            raise ConfigError(
+                f"tensor {spec.name!r} of the base model holds NaN or infinity; nothing can be averaged onto it"
+            )
         grid[spec.name] = bound_exponent(spec, largest, policy) + policy.weight_bits - _SUM_BITS
     return grid
 

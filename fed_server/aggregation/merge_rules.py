@@ -31,7 +31,9 @@ def merge_rules(specs: Sequence[TensorSpec], overrides: Sequence[tuple[str, Merg
         matching = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
         if not matching:
             names = ", ".join(spec.name for spec in specs[:5])
-            raise ConfigError(f"aggregation.merge: pattern {pattern!r} matches no tensor of the model (it has {names} ...)")
+            raise ConfigError(
+                f"aggregation.merge: pattern {pattern!r} matches no tensor of the model (it has {names} ...)"
+            )
         for spec in matching:
             if rule != "keep" and (rule == "mean") != is_floating(spec.dtype):
                 raise ConfigError(

@@ -13,6 +13,7 @@ from fed_core.payload.manifest import Manifest, SegmentSpan
 from fed_core.specs import TensorSpec, explain_difference
 from fed_core.tensors import torch_dtype
 from fed_server.aggregation.mean import as_reals
+from fedstream.v1 import common_pb2
 
 MAX_METRICS = 64
 
@@ -36,8 +37,8 @@ class Expected:
 def check_manifest(manifest: Manifest, expected: Expected) -> int:
     """Raises UpdateRefusedError unless the manifest is that of the expected update; returns the update's weight."""
     update = manifest.update
-    if manifest.kind != "update" or update is None:
-        raise UpdateRefusedError(f"expected an update, got a payload of kind {manifest.kind!r}")
+    if manifest.kind != common_pb2.PAYLOAD_KIND_UPDATE or update is None:
+        raise UpdateRefusedError(f"expected an update, got a {common_pb2.PayloadKind.Name(manifest.kind)}")
     for what, got, wanted in (
         ("assignment", update.assignment_id, expected.assignment_id),
         ("run", manifest.run_id, expected.run_id),
@@ -107,7 +108,9 @@ class ValueChecker:
         low, high = (float(x) for x in torch.aminmax(as_reals(tile)))
         largest = max(-low, high)
         if not largest < float("inf"):  # NaN compares false
-            raise NotFiniteError(f"tensor {entry.spec.name!r} of the update holds NaN or infinity; look at the learning rate")
+            raise NotFiniteError(
+                f"tensor {entry.spec.name!r} of the update holds NaN or infinity; look at the learning rate"
+            )
         bound = self._expected.bounds.get(entry.spec.name)
         if bound is not None and largest > bound:
             raise UpdateRefusedError(

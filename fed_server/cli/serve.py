@@ -25,7 +25,7 @@ async def _serve(settings: ServerSettings) -> None:
 
     def tell() -> None:
         if told.is_set():
-            # Everything acknowledged is durable: leaving at once loses nothing but the transfers' progress since their last segment.
+            # Everything acknowledged is durable: leaving at once loses only the last segments on their way.
             sys.exit(130)
         told.set()
 
@@ -42,5 +42,10 @@ def _greet(app: App) -> None:
     security = "TLS" if app.settings.tls_cert else "no TLS" + ("" if app.settings.is_loopback else " (--insecure)")
     console.print(f"fed-server is serving on {app.address} ({security})", markup=False)
     console.print(f"  data       {app.settings.data_dir.resolve()}", markup=False)
-    console.print(f"  operators  fedctl --data-dir {app.settings.data_dir} run submit RUN.toml --workload FILE.py", markup=False)
-    console.print(f"  sites      fed-client run --server {app.address} --workload FILE.py --join-token {app.tokens.join}", markup=False)
+    console.print(
+        f"  operators  fedctl --data-dir {app.settings.data_dir} run submit RUN.toml --workload FILE.py", markup=False
+    )
+    console.print(
+        f"  sites      fed-client run --server {app.address} --workload FILE.py --join-token {app.tokens.join}",
+        markup=False,
+    )

@@ -44,7 +44,9 @@ def run(
     ] = None,
     workload: Annotated[
         list[str] | None,
-        typer.Option(help="Workload to evaluate with on this machine: entry point name or FILE.py[:Class]. Repeatable."),
+        typer.Option(
+            help="Workload to evaluate with on this machine: entry point name or FILE.py[:Class]. Repeatable."
+        ),
     ] = None,
     evaluation_data: Annotated[Path | None, typer.Option(help="Public evaluation data for those workloads.")] = None,
     max_concurrent_transfers: Annotated[
@@ -132,7 +134,9 @@ def _print_token(data_dir: Path | None, name: str) -> None:
 
     path = (data_dir or Path(os.environ.get("FED_SERVER_DATA_DIR", DEFAULT_DATA_DIR))) / name
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no token yet; it is made when fed-server runs on this data directory first")
+        raise ConfigError(
+            f"{path}: there is no token yet; it is made when fed-server runs on this data directory first"
+        )
     typer.echo(path.read_text().strip())
 
 

@@ -56,7 +56,14 @@ class Selection:
 
 
 def select(
-    candidates: Candidates, *, seed: int, round: int, size: int, over_selection: float, min_clients: int, is_settling: bool
+    candidates: Candidates,
+    *,
+    seed: int,
+    round: int,
+    size: int,
+    over_selection: float,
+    min_clients: int,
+    is_settling: bool,
 ) -> Selection:
     """The cohort of a round, or the reason why it cannot be chosen yet.
 
@@ -69,12 +76,16 @@ def select(
     if len(alive) < min_clients:
         unlike = "".join(f"; {name} {why}" for name, why in candidates.unlike[:3])
         here = f"{len(alive)} alive ({_some(alive)})" if alive else "none alive"
-        return Selection((), f"waiting for {min_clients} clients with the workload and labels of the run: {here}{unlike}")
+        return Selection(
+            (), f"waiting for {min_clients} clients with the workload and labels of the run: {here}{unlike}"
+        )
     free = alive - candidates.busy - candidates.reserved
     needed = min(size, len(alive))
     if len(free) < needed:
         taken = alive - free
-        return Selection((), f"waiting for {needed} free clients: {_some(taken)} at work for another run", waits_for_busy=True)
+        return Selection(
+            (), f"waiting for {needed} free clients: {_some(taken)} at work for another run", waits_for_busy=True
+        )
     cohort = draw(seed, round, free, num_selected(size, over_selection))
     return Selection(tuple(cohort), f"selected {len(cohort)} of {len(alive)} clients")
 

@@ -226,7 +226,9 @@ class Coordinator:
             raise NotFoundError(f"run {assignment.run_id} is over")
         return run
 
-    def report_progress(self, client_id: str, assignment_id: str, phase: str, done: int, total: int, metrics: Metrics) -> str:
+    def report_progress(
+        self, client_id: str, assignment_id: str, phase: str, done: int, total: int, metrics: Metrics
+    ) -> str:
         """Notes progress and renews the lease. Returns why the work should stop, or an empty string."""
         now, membership = self._facilities.clock.monotonic(), self._facilities.membership
         membership.renew(client_id, now)
@@ -329,16 +331,20 @@ class Coordinator:
             )
             return record, model
 
-        record, model = await workers.compute(make)
-        async with self.files_lock:
-            await workers.disk(files.publish, model_part, path)
-            await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
+        try:
+            record, model = await workers.compute(make)
+            async with self.files_lock:
+                await workers.disk(files.publish, model_part, path)
+                await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
 
-            def write(tx: Transaction) -> None:
-                tx.put(record)
-                tx.put(model)
+                def write(tx: Transaction) -> None:
+                    tx.put(record)
+                    tx.put(model)
 
-            await workers.store(write)
+                await workers.store(write)
+        finally:
+            model_part.unlink(missing_ok=True)
+            payload_part.unlink(missing_ok=True)
         run = await self._adopt(record, config)
         notices = [
             f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
@@ -382,12 +388,14 @@ class Coordinator:
     # Whose turn it is
 
     def select(self, run: LiveRun) -> Selection:
-        """The cohort of the run's next round. Runs that wait take turns: one that lacks only clients at work elsewhere keeps its claim
-        on them against those whose turn comes later."""
+        """The cohort of the run's next round. Runs that wait take turns: one that lacks only clients at work elsewhere keeps its
+        claim on them against those whose turn comes later."""
         if self.is_draining:
             return Selection((), "the coordinator is stopping")
         reserved: set[str] = set()
-        waiting = sorted((r for r in self._runs.values() if r.wants_round), key=lambda r: (r.last_turn, r.record.created_time))
+        waiting = sorted(
+            (r for r in self._runs.values() if r.wants_round), key=lambda r: (r.last_turn, r.record.created_time)
+        )
         for earlier in waiting:
             if earlier is run:
                 break
@@ -466,9 +474,11 @@ class Coordinator:
     # Files
 
     async def collect_garbage(self) -> None:
-        """Deletes files that nothing refers to: updates of rounds that are over, payloads that no open round sends, versions that are
-        no longer kept, partial uploads of assignments that are over."""
+        """Deletes files that nothing refers to: updates of rounds that are over, payloads that no open round sends, versions
+        that are no longer kept, partial uploads of assignments that are over."""
         async with self.files_lock:
+            files = self._facilities.files
+            listed = await self._facilities.workers.disk(files.listing)
             live_models: set[tuple[str, int]] = set()
             live_payloads: set[str] = set()
 
@@ -490,16 +500,15 @@ class Coordinator:
                     if base is not None:
                         live_payloads.add(base.payload_digest)
                     for assignment in tx.assignments(record.run_id, round.round):
-                        if assignment.state in (AssignmentState.OPEN, AssignmentState.RECEIVED):
-                            # The file of an open one may have been published a moment before its transaction.
+                        if assignment.state is AssignmentState.RECEIVED:
                             updates.add(assignment.assignment_id)
-                        if assignment.state is AssignmentState.OPEN:
+                        elif assignment.state is AssignmentState.OPEN:
                             uploads.add(assignment.assignment_id)
                 return updates, uploads
 
             updates, uploads = await self._facilities.workers.store(read)
             deleted = await self._facilities.workers.disk(
-                self._facilities.files.sweep, updates, uploads, live_payloads, live_models
+                files.sweep, updates, uploads, live_payloads, live_models, listed
             )
             if deleted:
                 logger.debug("files deleted", extra={"count": len(deleted)})

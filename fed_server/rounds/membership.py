@@ -76,7 +76,13 @@ class Membership:
         return now - (presence.last_seen if presence else self.started)
 
     def report(
-        self, assignment_id: str, now: float, phase: str, done: int, total: int, metrics: Mapping[str, float] | None = None
+        self,
+        assignment_id: str,
+        now: float,
+        phase: str,
+        done: int,
+        total: int,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Notes how far an assignment is."""
         known = self._progress.get(assignment_id)

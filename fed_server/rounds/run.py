@@ -109,7 +109,9 @@ class Surroundings(Protocol):
 class LiveRun:
     """A run that is not over. The driver is `drive`; the services call the rest."""
 
-    def __init__(self, facilities: Facilities, surroundings: Surroundings, record: RunRecord, config: RunConfig) -> None:
+    def __init__(
+        self, facilities: Facilities, surroundings: Surroundings, record: RunRecord, config: RunConfig
+    ) -> None:
         self._facilities = facilities
         self._surroundings = surroundings
         self.record = record
@@ -252,7 +254,9 @@ class LiveRun:
                 await self._aggregate_and_commit()
                 return 0
             case RoundState.EVALUATING:
-                decision = decide_evaluation(self._view(AssignmentKind.EVALUATE, self.config.evaluation.deadline_seconds))
+                decision = decide_evaluation(
+                    self._view(AssignmentKind.EVALUATE, self.config.evaluation.deadline_seconds)
+                )
                 self._say(decision.reason or "evaluating at the coordinator")
                 if decision.verdict is Verdict.WAIT:
                     return self._patience()
@@ -357,7 +361,8 @@ class LiveRun:
         )
         ids = self._surroundings.client_ids(selection.cohort)
         assignments = [
-            self._new_assignment(number, ids[name], name, AssignmentKind.TRAIN, base.version) for name in selection.cohort
+            self._new_assignment(number, ids[name], name, AssignmentKind.TRAIN, base.version)
+            for name in selection.cohort
         ]
         async with self._moving:
             record = replace(self.record, round=number, reason=selection.reason)
@@ -368,7 +373,12 @@ class LiveRun:
             self._begin_aggregate()
         logger.info(
             "round opened",
-            extra={"run": self.record.name, "round": number, "cohort": list(selection.cohort), "reason": selection.reason},
+            extra={
+                "run": self.record.name,
+                "round": number,
+                "cohort": list(selection.cohort),
+                "reason": selection.reason,
+            },
         )
         self._surroundings.assignments_changed(assignments)
         return 0
@@ -403,7 +413,9 @@ class LiveRun:
             failed = replace(self.round, state=RoundState.FAILED, reason=decision.reason)
             dropped = self._dropped(f"round {failed.round} failed: {decision.reason}")
             num_failed = self.record.num_failed_rounds + 1
-            record = replace(self.record, num_failed_rounds=num_failed, reason=f"round {failed.round} failed: {decision.reason}")
+            record = replace(
+                self.record, num_failed_rounds=num_failed, reason=f"round {failed.round} failed: {decision.reason}"
+            )
             await self._write(record, failed, dropped)
             self._end_round()
         logger.warning("round failed", extra={"run": record.name, "round": failed.round, "reason": decision.reason})
@@ -446,42 +458,54 @@ class LiveRun:
                 file_bytes=made.file_bytes,
                 created_time=self._facilities.clock.now(),
                 num_updates=aggregate.num_updates,
-                num_examples=sum(a.num_examples for a in self.assignments.values() if a.state is AssignmentState.RECEIVED),
+                num_examples=sum(
+                    a.num_examples for a in self.assignments.values() if a.state is AssignmentState.RECEIVED
+                ),
             )
 
         workers = self._facilities.workers
-        model = await workers.compute(make)
-        await self._tick()
-        async with self._moving, self._surroundings.files_lock:
-            if self.record.state is not RunState.ACTIVE:
-                return
-            await workers.disk(files.publish, model_part, model_path)
-            await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
-            failpoint("before-commit")
-            self._aggregate = None
-            evaluators = self._new_evaluations(round, version)
-            is_last_phase = not evaluators and not self._evaluates_here(version)
-            committed = replace(
-                self.round,
-                state=RoundState.COMMITTED if is_last_phase else RoundState.EVALUATING,
-                model_version=version,
-                metrics=self._training_metrics(),
-            )
-            record = replace(self.record, model_version=version, num_failed_rounds=0, reason=committed.reason)
-            await self._write(record, committed, evaluators, [model])
-            for a in evaluators:
-                self.assignments[a.assignment_id] = a
-            self.models[version] = model
-            failpoint("after-commit")
-            if is_last_phase:
-                self._end_round()
+        try:
+            model = await workers.compute(make)
+            await self._tick()
+            async with self._moving, self._surroundings.files_lock:
+                if self.record.state is not RunState.ACTIVE:
+                    return
+                await workers.disk(files.publish, model_part, model_path)
+                await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
+                failpoint("before-commit")
+                evaluators, committed = await self._commit(model)
+        finally:
+            model_part.unlink(missing_ok=True)
+            payload_part.unlink(missing_ok=True)
         logger.info(
             "version committed",
-            extra={"run": record.name, "round": round.round, "version": version, "updates": model.num_updates} | committed.metrics,
+            extra={"run": self.record.name, "round": round.round, "version": version, "updates": model.num_updates}
+            | committed.metrics,
         )
         self._surroundings.assignments_changed(evaluators)
-        if is_last_phase:
+        if committed.state is RoundState.COMMITTED:
             await self._retire_versions()
+
+    async def _commit(self, model: ModelRecord) -> tuple[list[AssignmentRecord], RoundRecord]:
+        """The transaction that makes the version; its files are durable."""
+        assert self.round is not None
+        self._aggregate = None
+        evaluators = self._new_evaluations(self.round, model.version)
+        is_last_phase = not evaluators and not self._evaluates_here(model.version)
+        committed = replace(
+            self.round,
+            state=RoundState.COMMITTED if is_last_phase else RoundState.EVALUATING,
+            model_version=model.version,
+            metrics=self._training_metrics(),
+        )
+        record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
+        await self._write(record, committed, evaluators, [model])
+        self.assignments |= {a.assignment_id: a for a in evaluators}
+        self.models[model.version] = model
+        failpoint("after-commit")
+        if is_last_phase:
+            self._end_round()
+        return evaluators, committed
 
     def _new_evaluations(self, round: RoundRecord, version: int) -> list[AssignmentRecord]:
         """Evaluation assignments for those of the round's cohort who are there."""
@@ -534,7 +558,9 @@ class LiveRun:
             await self._write(record, finished, dropped, [model])
             self.models[version] = model
             self._end_round()
-        logger.info("version evaluated", extra={"run": record.name, "round": finished.round, "version": version} | measured)
+        logger.info(
+            "version evaluated", extra={"run": record.name, "round": finished.round, "version": version} | measured
+        )
         self._surroundings.assignments_changed(dropped)
         await self._retire_versions()
 
@@ -548,20 +574,30 @@ class LiveRun:
         try:
             _, metrics = await asyncio.to_thread(evaluator.evaluate, path, self.config.evaluation.batch_size)
         except FedstreamError as error:
-            logger.warning("evaluation at the coordinator failed", extra={"run": self.record.name, "reason": str(error)})
+            logger.warning(
+                "evaluation at the coordinator failed", extra={"run": self.record.name, "reason": str(error)}
+            )
             return {}, f"evaluation at the coordinator failed: {error}"
         return metrics, ""
 
     async def _retire_versions(self) -> None:
         """Deletes the files of versions beyond the last `keep.versions` and the best one."""
-        keep = set(sorted(self.models)[-self.config.keep.versions :]) | {self.record.best_version, self.record.model_version}
+        keep = set(sorted(self.models)[-self.config.keep.versions :]) | {
+            self.record.best_version,
+            self.record.model_version,
+        }
         retired = [
             replace(model, is_available=False)
             for model in self.models.values()
             if model.is_available and model.version not in keep
         ]
         if retired:
-            await self._facilities.workers.store(lambda tx: [tx.put(model) for model in retired])
+
+            def write(tx: Transaction) -> None:
+                for model in retired:
+                    tx.put(model)
+
+            await self._facilities.workers.store(write)
             self.models |= {model.version: model for model in retired}
         await self._surroundings.collect_garbage()
 
@@ -741,7 +777,9 @@ class LiveRun:
                 # Verified when it came, unreadable now: the disk lost it. The round goes on and says so.
                 name = self._surroundings.name_of(assignment.client_id)
                 self._lost.append(f"the stored update of {name} cannot be read: {error}")
-                logger.error("stored update lost", extra={"run": self.record.name, "client": name, "reason": str(error)})
+                logger.error(
+                    "stored update lost", extra={"run": self.record.name, "client": name, "reason": str(error)}
+                )
             finally:
                 self._folds.task_done()
 

@@ -19,6 +19,7 @@ from fed_core.tensors import torch_dtype
 from fed_server.aggregation.base import Aggregator
 from fed_server.aggregation.mean import as_reals
 from fed_server.optim.base import ServerOptimizer
+from fedstream.v1 import common_pb2
 
 TileOf = Callable[[TensorSpec, int, int], Tensor]
 
@@ -39,7 +40,7 @@ def next_tile(base: SafetensorsReader, aggregate: Aggregator, optimizer: ServerO
     a server learning rate), the merged value for counters, the base's value where nothing was merged."""
 
     def tile_of(spec: TensorSpec, first: int, count: int) -> Tensor:
-        tile = base.read_tile(spec.name, first, count)
+        tile: Tensor = base.read_tile(spec.name, first, count)
         change = aggregate.report(spec, first, count)
         if change is None:
             return tile
@@ -82,7 +83,7 @@ def write_version(
                     if not largest < float("inf"):
                         raise NotFiniteError(f"tensor {spec.name!r} of version {version} holds NaN or infinity")
                     max_abs[spec.name] = max(largest, max_abs.get(spec.name, 0.0))
-                hasher.update(tile.contiguous().view(torch.uint8).numpy())
+                hasher.update(tile.contiguous().view(torch.uint8).numpy().data)
                 writer.write_tile(spec.name, first, tile)
                 return tile
 
@@ -90,7 +91,7 @@ def write_version(
 
         written = write_payload(
             payload_file,
-            kind="model",
+            kind=common_pb2.PAYLOAD_KIND_MODEL,
             run_id=run_id,
             round=0,
             model_version=version,

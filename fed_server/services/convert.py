@@ -26,9 +26,13 @@ from fedstream.v1 import common_pb2, runs_pb2
 
 MAX_METRICS = 64
 
+_PHASES = frozenset(common_pb2.WorkPhase.keys())
+
 RUN_STATES = {state: runs_pb2.RunState.Value(f"RUN_STATE_{state.name}") for state in RunState}
 ROUND_STATES = {state: runs_pb2.RoundState.Value(f"ROUND_STATE_{state.name}") for state in RoundState}
-ASSIGNMENT_STATES = {state: runs_pb2.AssignmentState.Value(f"ASSIGNMENT_STATE_{state.name}") for state in AssignmentState}
+ASSIGNMENT_STATES = {
+    state: runs_pb2.AssignmentState.Value(f"ASSIGNMENT_STATE_{state.name}") for state in AssignmentState
+}
 ASSIGNMENT_KINDS = {kind: common_pb2.AssignmentKind.Value(f"ASSIGNMENT_KIND_{kind.name}") for kind in AssignmentKind}
 
 
@@ -42,7 +46,9 @@ def phase_name(phase: int) -> str:
 def phase_of(name: str) -> common_pb2.WorkPhase.ValueType:
     """The WorkPhase of a lower-case name."""
     full = f"WORK_PHASE_{name.upper()}"
-    return common_pb2.WorkPhase.Value(full) if full in common_pb2.WorkPhase.keys() else common_pb2.WORK_PHASE_UNSPECIFIED
+    return (
+        common_pb2.WorkPhase.Value(full) if full in _PHASES else common_pb2.WORK_PHASE_UNSPECIFIED
+    )
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:

@@ -69,4 +69,6 @@ class Authenticator:
         client_id = credential.partition(".")[0]
         if self.find_client(client_id) is not None:
             raise PermissionDeniedError("a client's credentials do not open the operator's service")
-        raise UnauthenticatedError("this is not the operator token; it is in the file operator-token of the data directory")
+        raise UnauthenticatedError(
+            "this is not the operator token; it is in the file operator-token of the data directory"
+        )

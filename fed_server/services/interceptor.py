@@ -31,7 +31,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Wraps the handler of one call."""
@@ -86,7 +86,9 @@ class Gate(grpc.aio.ServerInterceptor):
                 raise
             except Exception:
                 logger.exception("call failed")
-                hidden = InternalError(f"internal error {request_id}; the coordinator's log has the rest", id=request_id)
+                hidden = InternalError(
+                    f"internal error {request_id}; the coordinator's log has the rest", id=request_id
+                )
                 await _abort(context, hidden, request_id)
 
 

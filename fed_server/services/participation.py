@@ -9,8 +9,7 @@ from fed_core.errors import ConflictError, InvalidError, UnauthenticatedError
 from fed_server.clock import Clock
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.workers import Workers
-from fed_server.services.convert import metrics_from_proto, phase_name, timestamp
-from fed_server.services.convert import ASSIGNMENT_KINDS
+from fed_server.services.convert import ASSIGNMENT_KINDS, metrics_from_proto, phase_name, timestamp
 from fed_server.services.identity import caller, hash_secret, new_secret
 from fed_server.store.base import AssignmentRecord, ClientRecord, Transaction
 from fedstream.v1 import common_pb2, participation_pb2, participation_pb2_grpc
@@ -36,9 +35,7 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
         self._join_token_hash = join_token_hash
         self._lease_seconds = lease_seconds
 
-    async def Enroll(
-        self, request: participation_pb2.EnrollRequest, context: Any
-    ) -> participation_pb2.EnrollResponse:
+    async def Enroll(self, request: participation_pb2.EnrollRequest, context: Any) -> participation_pb2.EnrollResponse:
         """See the proto."""
         if hash_secret(request.join_token) != self._join_token_hash:
             raise UnauthenticatedError("this is not the join token; fed-server prints it (fed-server join-token)")
@@ -82,10 +79,14 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             raise InvalidError("expected at most 1024 held assignments, 64 workloads and 32 labels")
         for key, value in request.labels.items():
             if not (_LABEL.fullmatch(key) and _LABEL.fullmatch(value)):
-                raise InvalidError(f"label {key[:63]!r}: expected keys and values of 1 to 63 characters of [a-zA-Z0-9._-]")
+                raise InvalidError(
+                    f"label {key[:63]!r}: expected keys and values of 1 to 63 characters of [a-zA-Z0-9._-]"
+                )
         for offer in request.workloads:
             if not 1 <= len(offer.name) <= 100 or len(offer.version) > 100:
-                raise InvalidError(f"workload {offer.name[:100]!r}: expected a name of 1 to 100 characters, a version of up to 100")
+                raise InvalidError(
+                    f"workload {offer.name[:100]!r}: expected a name of 1 to 100 characters, a version of up to 100"
+                )
         skew = 0.0
         if request.HasField("client_time"):
             skew = request.client_time.ToNanoseconds() / 1e9 - self._clock.now()
@@ -152,7 +153,10 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
         if request.kind in participation_pb2.FailureKind.values():
             kind = participation_pb2.FailureKind.Name(request.kind).removeprefix("FAILURE_KIND_")
         await self._coordinator.report_failure(
-            caller(), request.assignment_id, f"{kind}: {request.message[:MAX_MESSAGE]}", request.traceback[-MAX_TRACEBACK:]
+            caller(),
+            request.assignment_id,
+            f"{kind}: {request.message[:MAX_MESSAGE]}",
+            request.traceback[-MAX_TRACEBACK:],
         )
         return participation_pb2.ReportFailureResponse()
 

@@ -43,7 +43,9 @@ WATCH_SECONDS = 0.2
 class RunsService(runs_pb2_grpc.RunsServicer):
     """Reads the request, asks the coordinator, writes the answer."""
 
-    def __init__(self, coordinator: Coordinator, workers: Workers, files: DataDirectory, membership: Membership) -> None:
+    def __init__(
+        self, coordinator: Coordinator, workers: Workers, files: DataDirectory, membership: Membership
+    ) -> None:
         self._coordinator = coordinator
         self._workers = workers
         self._files = files
@@ -59,7 +61,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         header = first.header
         if len(header.config_toml.encode()) > MAX_CONFIG_BYTES or not 16 <= len(header.request_id) <= 64:
             raise InvalidError("expected a config of at most 256 KiB and a request id of 16 to 64 characters")
-        path = self._files.incoming_path()
+        path = self._files.temporary(self._files.payload_path(header.model.digest.hex() or "none"))
         try:
             await self._receive_model(request_iterator, header, path)
             record, notices = await self._coordinator.create_run(header.config_toml, header.request_id, path)
@@ -109,7 +111,9 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         record = await self._coordinator.cancel_run(request.run)
         return runs_pb2.CancelRunResponse(run=await self._run(record))
 
-    async def WatchRun(self, request: runs_pb2.WatchRunRequest, context: Any) -> None:
+    async def WatchRun(
+        self, request: runs_pb2.WatchRunRequest, context: Any
+    ) -> AsyncIterator[runs_pb2.WatchRunResponse]:
         """See the proto."""
         record = await self._coordinator.find_run(request.run)
         sent: dict[int, bytes] = {}
@@ -123,7 +127,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
                 del earlier.clients[:]
             changed = [r for r in rounds if sent.get(r.round) != r.SerializeToString(deterministic=True)]
             sent |= {r.round: r.SerializeToString(deterministic=True) for r in changed}
-            await context.write(runs_pb2.WatchRunResponse(run=await self._run(record), rounds=changed))
+            yield runs_pb2.WatchRunResponse(run=await self._run(record), rounds=changed)
             if record.state is not RunState.ACTIVE:
                 return
             is_first = False
@@ -155,7 +159,9 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         models = await self._workers.store(lambda tx: tx.models(record.run_id))
         return runs_pb2.ListModelsResponse(models=[model_to_proto(model, record.best_version) for model in models])
 
-    async def DownloadModel(self, request: runs_pb2.DownloadModelRequest, context: Any) -> None:
+    async def DownloadModel(
+        self, request: runs_pb2.DownloadModelRequest, context: Any
+    ) -> AsyncIterator[runs_pb2.DownloadModelResponse]:
         """See the proto."""
         record = await self._coordinator.find_run(request.run)
         model = await self._find_model(record, request)
@@ -166,11 +172,11 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             raise NotFoundError(f"the file of version {model.version} is no longer kept") from None
         try:
             header = runs_pb2.DownloadModelHeader(model=model_to_proto(model, record.best_version))
-            await context.write(runs_pb2.DownloadModelResponse(header=header))
+            yield runs_pb2.DownloadModelResponse(header=header)
             offset = 0
             while data := await self._workers.disk(os.pread, file, CHUNK_BYTES, offset):
                 chunk = transfer_pb2.Chunk(offset=offset, data=data)
-                await context.write(runs_pb2.DownloadModelResponse(chunk=chunk))
+                yield runs_pb2.DownloadModelResponse(chunk=chunk)
                 offset += len(data)
         finally:
             os.close(file)

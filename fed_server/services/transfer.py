@@ -114,9 +114,7 @@ class TransferService:
             finally:
                 os.close(file)
 
-    async def get_upload(
-        self, request: transfer_pb2.GetUploadRequest, context: Any
-    ) -> transfer_pb2.GetUploadResponse:
+    async def get_upload(self, request: transfer_pb2.GetUploadRequest, context: Any) -> transfer_pb2.GetUploadResponse:
         """See the proto."""
         assignment = await self._find(request.assignment_id)
         if assignment.state is AssignmentState.RECEIVED:
@@ -251,7 +249,9 @@ async def _read_header(requests: AsyncIterator[bytes]) -> transfer_pb2.UploadHea
     if message.WhichOneof("part") != "header":
         raise InvalidError("expected a header as the first message of an upload")
     if len(message.header.payload.digest) != 32 or message.header.payload.total_bytes < 1 or message.header.offset < 0:
-        raise InvalidError("the header of an upload needs a digest of 32 bytes, its total bytes and an offset of at least 0")
+        raise InvalidError(
+            "the header of an upload needs a digest of 32 bytes, its total bytes and an offset of at least 0"
+        )
     return message.header
 
 

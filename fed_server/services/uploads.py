@@ -24,7 +24,9 @@ def largest_upload(raw_bytes: int) -> int:
 class Upload:
     """An upload to one assignment. The methods block (disk, hashing) and are called one at a time."""
 
-    def __init__(self, files: DataDirectory, expected: Expected, digest: bytes, total_bytes: int, max_bytes: int) -> None:
+    def __init__(
+        self, files: DataDirectory, expected: Expected, digest: bytes, total_bytes: int, max_bytes: int
+    ) -> None:
         if total_bytes > max_bytes:
             raise UpdateRefusedError(
                 f"the update is announced with {total_bytes:,} bytes; at most {max_bytes:,} can be genuine for this model"

@@ -196,9 +196,7 @@ class Transaction(Protocol):
     def rounds(self, run_id: str) -> list[RoundRecord]: ...
 
     def assignment(self, assignment_id: str) -> AssignmentRecord | None: ...
-    def assignments(
-        self, run_id: str, round: int | None = None
-    ) -> list[AssignmentRecord]:
+    def assignments(self, run_id: str, round: int | None = None) -> list[AssignmentRecord]:
         """In the order of (round, kind, client_id)."""
         ...
 

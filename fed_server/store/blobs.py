@@ -48,6 +48,7 @@ class DataDirectory:
         self.root = root.absolute()
         # Tells this daemon's unfinished files from those of one that died.
         self._token = secrets.token_hex(4)
+        self._lock = -1
         try:
             with self.disk_errors("making the data directory"):
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -57,6 +58,7 @@ class DataDirectory:
                 if is_new:
                     self._set_up()
         except OSError as error:
+            self.close()
             raise ConfigError(
                 f"data directory {self.root} cannot be used ({error.strerror}): see that it is a directory which this user may "
                 "write, or name another with --data-dir"
@@ -79,9 +81,9 @@ class DataDirectory:
     # Places
 
     @property
-    def database_url(self) -> str:
-        """SQLAlchemy's URL of the records."""
-        return f"sqlite:///{self.root / 'state.sqlite'}"
+    def database_path(self) -> Path:
+        """Where the records lie."""
+        return self.root / "state.sqlite"
 
     def upload_path(self, assignment_id: str) -> Path:
         """Where an update lies while it arrives."""

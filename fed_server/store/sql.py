@@ -34,12 +34,7 @@ R = TypeVar("R", bound=Record)
 
 _BUSY_SECONDS = 5
 # FULL: a commit is on the disk when it returns. WAL: it costs one flush.
-_SQLITE_PRAGMAS: Final = (
-    "journal_mode=WAL",
-    "synchronous=FULL",
-    "foreign_keys=ON",
-    f"busy_timeout={_BUSY_SECONDS * 1000}",
-)
+_SQLITE_PRAGMAS: Final = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
 
 
 class SqlStore:
@@ -75,8 +70,14 @@ class SqlStore:
     @contextmanager
     def transaction(self) -> Iterator[SqlTransaction]:
         """See `Store.transaction`. An error of `put` ends the transaction: let it leave the block."""
-        with self._named_errors(), self._connection.begin():
-            yield SqlTransaction(self._connection)
+        with self._named_errors():
+            try:
+                with self._connection.begin():
+                    yield SqlTransaction(self._connection)
+            except DBAPIError:
+                # SQLAlchemy takes a commit that failed for the end; SQLite keeps the transaction open.
+                self._connection.connection.rollback()
+                raise
 
     def close(self) -> None:
         """See `Store.close`."""

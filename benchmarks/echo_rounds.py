@@ -1,0 +1,311 @@
+"""Rounds without training: what the coordinator costs, beside the floors measured in the same run.
+
+    python -m benchmarks.echo_rounds [--quick] [--only 10M:8 ...] [--rounds 5]
+
+A model of P float32 parameters in ten tensors of uneven size goes to N client processes; each answers with a constant update and
+its own example count, really encoded every round; the coordinator stores, verifies and folds them and commits the weighted mean.
+Light clients keep their model and their update in memory instead of cache and spool. Everything runs on loopback. Seconds are
+the median between two commits, the first round left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {"0.1M": 100_000, "1M": 1_000_000, "10M": 10_000_000, "100M": 100_000_000}
+CLIENTS = (2, 8, 32)
+MOST = 320_000_000
+QUICK = ("0.1M:8", "1M:8", "10M:8")
+# Shares of the model that its ten tensors take, in thousandths: a few large ones, many small ones.
+SHARES = (400, 250, 150, 100, 50, 25, 15, 6, 3, 1)
+
+
+@dataclass
+class Row:
+    """One system on one size."""
+
+    size: str
+    num_clients: int
+    system: str
+    seconds: float | None = None
+    peak_rss_mib: float | None = None
+    cpu_seconds_per_round: float | None = None
+    wire_mib_per_round: float | None = None
+    ratio_to_floor_b: float | None = None
+
+
+def tensor_sizes(num_parameters: int) -> list[int]:
+    """Ten uneven sizes that add up."""
+    sizes = [num_parameters * share // 1000 for share in SHARES]
+    return [sizes[0] + num_parameters - sum(sizes), *sizes[1:]]
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback device has carried."""
+    counters = psutil.net_io_counters(pernic=True).get("lo")
+    return counters.bytes_sent if counters else 0
+
+
+class Watched:
+    """A child process whose peak memory and processor time are read before it ends."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GRPC_VERBOSITY": "ERROR"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **options,
+        )
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def peak_rss_mib(self) -> float:
+        """Its high-water mark."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    def end(self) -> None:
+        """SIGTERM, then wait."""
+        self.process.terminate()
+        self.process.wait(30)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+@contextmanager
+def clients(count: int, target: Callable[..., None], *args: Any) -> Iterator[list[Any]]:
+    """Client processes, forked before any channel exists so that they share the interpreter's memory."""
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=target, args=(index, *args), daemon=True) for index in range(count)]
+    for process in started:
+        process.start()
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+def _echo_client(index: int, address: str, join_token: str) -> None:
+    from benchmarks.light_client import LightClient, echo_rounds
+
+    torch.set_num_threads(1)
+    client = LightClient(address)
+    client.enroll(join_token, f"client-{index:03d}")
+    echo_rounds(client, 2.0**-10 * (index + 1), num_examples=index + 1)
+    client.close()
+
+
+def _floor_client(index: int, address: str, num_parameters: int, rounds: int) -> None:
+    from benchmarks.floor import floor_client
+
+    floor_client(address, num_parameters, rounds)
+
+
+def measure_floor(kind: str, size: str, num_clients: int, rounds: int, folder: str) -> Row:
+    """Floor (a) or (b)."""
+    num_parameters = SIZES[size]
+    server = Watched(
+        ["benchmarks.floor", kind, "--parameters", str(num_parameters), "--clients", str(num_clients),
+         "--rounds", str(rounds), "--folder", folder]
+    )  # fmt: skip
+    address = f"127.0.0.1:{server.line()}"
+    with clients(num_clients, _floor_client, address, num_parameters, rounds):
+        before = loopback_bytes()
+        seconds = [float(s) for s in server.line().split()]
+        wire = (loopback_bytes() - before) / rounds
+    row = Row(size, num_clients, f"floor ({kind})", statistics.median(seconds[1:]), server.peak_rss_mib())
+    row.cpu_seconds_per_round = server.cpu_seconds() / rounds
+    row.wire_mib_per_round = wire / 2**20
+    server.end()
+    return row
+
+
+def measure_fedstream(size: str, num_clients: int, rounds: int, folder: str) -> Row:
+    """The coordinator as a real process, from submission to the last commit."""
+    from benchmarks.light_operator import Operator
+    from fedstream.v1 import runs_pb2
+
+    data = Path(folder) / f"data-{size}-{num_clients}"
+    server = Watched(
+        ["fed_server.cli.server", "run", "--data-dir", str(data), "--listen", "127.0.0.1:0", "--drain-seconds", "0",
+         "--log-level", "warning"]
+    )  # fmt: skip
+    address = server.line().split(" on ")[1].split()[0]
+    join_token = (data / "join-token").read_text().strip()
+    config = (
+        f'name = "echo"\nworkload = "echo"\n[cohort]\nsize = {num_clients}\n[schedule]\nmax_rounds = {rounds}\n'
+        f'[evaluation]\nat = "none"\n[keep]\nversions = 1\n'
+    )
+    tensors = {f"w{i}": torch.zeros(n) for i, n in enumerate(tensor_sizes(SIZES[size]))}
+    with clients(num_clients, _echo_client, address, join_token):
+        operator = Operator(f"unix:{data / 'fed-server.sock'}")
+        operator.submit(config, tensors)
+        cpu_before, wire_before = server.cpu_seconds(), loopback_bytes()
+        run = operator.wait("echo", timeout=1800)
+        assert run.state == runs_pb2.RUN_STATE_FINISHED, run.reason
+        wire = (loopback_bytes() - wire_before) / rounds
+        report = operator.report("echo")
+        times = [m.created_time.ToNanoseconds() / 1e9 for m in report.models]
+        seconds = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+        row = Row(size, num_clients, "fedstream raw", statistics.median(seconds), server.peak_rss_mib())
+        row.cpu_seconds_per_round = (server.cpu_seconds() - cpu_before) / rounds
+        row.wire_mib_per_round = wire / 2**20
+        operator.channel.close()
+        server.end()
+    return row
+
+
+def measure(system: str, size: str, num_clients: int, rounds: int, folder: str) -> Row:
+    """One row."""
+    if system == "fedstream":
+        return measure_fedstream(size, num_clients, rounds, folder)
+    return measure_floor(system, size, num_clients, rounds, folder)
+
+
+def measure_apart(system: str, size: str, num_clients: int, rounds: int, folder: str) -> Row:
+    """One row in a process of its own: clients are forked, which no process that has used gRPC should do."""
+    case = [system, size, str(num_clients), str(rounds), folder]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.echo_rounds", "--case", *case], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return Row(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """What was measured; what was not is written so."""
+    result = Table(title=title)
+    for column in (
+        "P",
+        "N",
+        "system",
+        "s / round",
+        "x floor (b)",
+        "peak RSS MiB",
+        "CPU s / round",
+        "loopback MiB / round",
+    ):
+        result.add_column(column, justify="left" if column == "system" else "right")
+
+    def show(value: float | None, digits: int) -> str:
+        return "not measured" if value is None else f"{value:.{digits}f}"
+
+    for row in rows:
+        result.add_row(
+            row.size,
+            str(row.num_clients),
+            row.system,
+            show(row.seconds, 3),
+            show(row.ratio_to_floor_b, 2),
+            show(row.peak_rss_mib, 0),
+            show(row.cpu_seconds_per_round, 2),
+            show(row.wire_mib_per_round, 0),
+        )
+    return result
+
+
+def aims(rows: list[Row]) -> list[dict[str, Any]]:
+    """The figures that are aimed at, with what was measured (None where it was not)."""
+    found = {(row.size, row.num_clients, row.system): row for row in rows}
+
+    def figure(size: str, count: int, attribute: str) -> float | None:
+        row = found.get((size, count, "fedstream raw"))
+        return getattr(row, attribute) if row else None
+
+    model_mib = 4 * SIZES["10M"] / 2**20
+    few, many = figure("10M", 8, "peak_rss_mib"), figure("10M", 32, "peak_rss_mib")
+    floor = found.get(("0.1M", 8, "floor (b)"))
+    small = figure("0.1M", 8, "seconds")
+    overhead = small - floor.seconds if small is not None and floor is not None and floor.seconds is not None else None
+    listed = [
+        ("raw 10M x 8: seconds per round, times floor (b)", figure("10M", 8, "ratio_to_floor_b"), 1.5, "ratio"),
+        ("raw 10M x 32: seconds per round, times floor (b)", figure("10M", 32, "ratio_to_floor_b"), 1.5, "ratio"),
+        ("0.1M x 8: overhead of a round over floor (b)", overhead, 0.15, "s"),
+        ("10M x 8: peak RSS of the coordinator", few, 2.5 * model_mib + 400, "MiB"),
+        ("10M: peak RSS at N = 32 over N = 8", many / few if few and many else None, 1.05, "ratio"),
+    ]
+    return [{"what": w, "value": v, "aim": a, "direction": "max", "unit": u} for w, v, a, u in listed]
+
+
+def main() -> None:
+    """Measures, prints the table, writes benchmarks/results/echo_rounds.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only 0.1M, 1M and 10M with 8 clients")
+    parser.add_argument("--only", nargs="*", default=None, metavar="P:N", help="only these, such as 10M:8")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of each, the first left out of the median")
+    parser.add_argument(
+        "--folder", default=None, help="where to keep files while measuring; default: the temporary directory"
+    )
+    parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        system, size, count, rounds, folder = arguments.case
+        print(json.dumps(asdict(measure(system, size, int(count), int(rounds), folder))))
+        return
+    every = [f"{size}:{count}" for size in SIZES for count in CLIENTS if SIZES[size] * count <= MOST]
+    wanted = arguments.only or (QUICK if arguments.quick else every)
+    console, rows = Console(width=120), []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for case in every:
+            size, count = case.split(":")
+            if case not in wanted:
+                rows.append(Row(size, int(count), "fedstream raw"))
+                continue
+            rounds = arguments.rounds if SIZES[size] * int(count) <= MOST // 2 else min(4, arguments.rounds)
+            with console.status(f"{size} x {count}"):
+                began = time.perf_counter()
+                measured = [measure_apart(s, size, int(count), rounds, folder) for s in ("a", "b", "fedstream")]
+            floor = measured[1].seconds
+            for row in measured:
+                row.ratio_to_floor_b = row.seconds / floor if row.seconds is not None and floor else None
+            rows += measured
+            console.print(
+                f"{case}: {time.perf_counter() - began:.0f} s, {measured[2].ratio_to_floor_b:.2f} x floor (b)"
+            )
+    console.print(table(rows, "Echo rounds (light clients: model and update in memory)"))
+    found = aims(rows)
+    for aim in found:
+        value = "not measured" if aim["value"] is None else f"{aim['value']:.3f} {aim['unit']}"
+        console.print(f"{aim['what']}: {value} (aim: at most {aim['aim']:g})")
+    RESULTS.mkdir(exist_ok=True)
+    result = {"benchmark": "echo_rounds", "rows": [asdict(row) for row in rows], "aims": found}
+    (RESULTS / "echo_rounds.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

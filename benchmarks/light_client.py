@@ -1,0 +1,265 @@
+"""A client over real gRPC without training, spool or cache: what benchmarks and tests of the coordinator drive it with."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from fed_core.errors import BusyError, NoLongerNeededError, UnavailableError
+from fed_core.grpc_options import client_options
+from fed_core.payload.frames import CHUNK_BYTES, pack_chunk, parse_frame
+from fed_core.payload.manifest import Manifest, UpdateInfo
+from fed_core.payload.reader import PayloadReader
+from fed_core.payload.verify import SegmentVerifier
+from fed_core.payload.writer import write_payload
+from fed_core.rpc_status import from_rpc_error
+from fed_core.specs import TensorSpec
+from fed_core.tensors import torch_dtype
+from fedstream.v1 import common_pb2, participation_pb2, participation_pb2_grpc, transfer_pb2
+
+MakeTensor = Callable[[TensorSpec], Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """An encoded update in memory."""
+
+    digest: bytes
+    data: bytes
+
+
+class MemoryFile:
+    """A file that lives in memory only, with a path for those who want one."""
+
+    def __init__(self) -> None:
+        self.file = os.fdopen(os.memfd_create("payload"), "wb+")
+        self.path = f"/proc/self/fd/{self.file.fileno()}"
+
+    def __enter__(self) -> MemoryFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+class LightClient:
+    """One enrolled client. Raises our errors, never gRPC's."""
+
+    def __init__(self, address: str, workload: str = "echo") -> None:
+        self.channel = grpc.insecure_channel(address, client_options())
+        self.workload = workload
+        self.client_id = ""
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        self._stub = participation_pb2_grpc.ParticipationStub(self.channel)
+        service = "/fedstream.v1.Transfer/"
+        self._download = self.channel.unary_stream(
+            service + "Download", transfer_pb2.DownloadRequest.SerializeToString, None
+        )
+        self._upload = self.channel.stream_unary(service + "Upload", None, transfer_pb2.UploadResponse.FromString)
+        self._get_upload = self.channel.unary_unary(
+            service + "GetUpload",
+            transfer_pb2.GetUploadRequest.SerializeToString,
+            transfer_pb2.GetUploadResponse.FromString,
+        )
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.channel.close()
+
+    def enroll(self, join_token: str, name: str, request_id: str = "") -> str:
+        """Becomes a client; returns the credential."""
+        request = participation_pb2.EnrollRequest(
+            request_id=request_id or uuid.uuid4().hex, join_token=join_token, name=name
+        )
+        answer = self.call(self._stub.Enroll, request)
+        self.client_id = answer.client_id
+        return self.use(f"{answer.client_id}.{answer.secret}")
+
+    def use(self, credential: str) -> str:
+        """Calls as the client with this credential from now on."""
+        self.client_id = credential.partition(".")[0]
+        self._metadata = (("authorization", f"Bearer {credential}"),)
+        return credential
+
+    def call(self, method: Any, request: Any, timeout: float = 60.0) -> Any:
+        """One unary call."""
+        try:
+            return method(request, timeout=timeout, metadata=self._metadata, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def poll(
+        self, held: tuple[str, ...] = (), wait_seconds: float = 20.0, **changes: Any
+    ) -> participation_pb2.PollAssignmentResponse:
+        """The desired set."""
+        request = participation_pb2.PollAssignmentRequest(
+            held=[participation_pb2.HeldAssignment(assignment_id=a) for a in held],
+            wait_seconds=wait_seconds,
+            workloads=[common_pb2.WorkloadOffer(name=self.workload, version="1")],
+            **changes,
+        )
+        return self.call(self._stub.PollAssignment, request, timeout=wait_seconds + 30)
+
+    def next_assignment(self, seconds: float = 30.0) -> participation_pb2.Assignment:
+        """Polls until there is one."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            answer = self.poll(wait_seconds=min(20.0, max(0.0, end - time.monotonic())))
+            if answer.assignments:
+                return answer.assignments[0]
+        raise TimeoutError("no assignment")
+
+    def report_progress(self, assignment_id: str, **fields: Any) -> participation_pb2.ReportProgressResponse:
+        """Tells how far the work is."""
+        request = participation_pb2.ReportProgressRequest(assignment_id=assignment_id, **fields)
+        return self.call(self._stub.ReportProgress, request)
+
+    def report_failure(self, assignment_id: str, **fields: Any) -> None:
+        """Gives up."""
+        self.call(
+            self._stub.ReportFailure,
+            participation_pb2.ReportFailureRequest(assignment_id=assignment_id, **fields),
+        )
+
+    def report_evaluation(self, assignment_id: str, num_examples: int, **metrics: float) -> None:
+        """Delivers an evaluation."""
+        listed = [common_pb2.Metric(name=name, value=value) for name, value in metrics.items()]
+        request = participation_pb2.ReportEvaluationRequest(
+            assignment_id=assignment_id, num_examples=num_examples, metrics=listed
+        )
+        self.call(self._stub.ReportEvaluation, request)
+
+    def download(self, assignment: participation_pb2.Assignment, into: MemoryFile) -> Manifest:
+        """Fetches the assignment's model and verifies it on the way."""
+        verifier = SegmentVerifier(assignment.model.digest, assignment.model.total_bytes)
+        request = transfer_pb2.DownloadRequest(
+            assignment_id=assignment.assignment_id, digest=assignment.model.digest, offset=0
+        )
+        try:
+            for frame in self._download(request, metadata=self._metadata):
+                chunk = parse_frame(frame)
+                if chunk is not None:
+                    verifier.feed(chunk[1])
+                    into.file.write(chunk[1])
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        into.file.flush()
+        return verifier.finish()
+
+    def model(self, assignment: participation_pb2.Assignment) -> tuple[Manifest, dict[str, Tensor]]:
+        """The assignment's model, decoded."""
+        with MemoryFile() as memory:
+            manifest = self.download(assignment, memory)
+            with PayloadReader(memory.path) as reader:  # type: ignore[arg-type]
+                return manifest, reader.tensors()
+
+    def get_upload(self, assignment_id: str, digest: bytes) -> transfer_pb2.GetUploadResponse:
+        """Where an upload stands."""
+        return self.call(self._get_upload, transfer_pb2.GetUploadRequest(assignment_id=assignment_id, digest=digest))
+
+    def upload(
+        self,
+        assignment_id: str,
+        update: Update,
+        *,
+        offset: int = 0,
+        until: int | None = None,
+        total_bytes: int | None = None,
+        retry: bool = True,
+    ) -> transfer_pb2.Receipt:
+        """Sends an update from an offset; `until` breaks off there. Waits its turn where the coordinator is busy."""
+        header = transfer_pb2.UploadHeader(
+            assignment_id=assignment_id,
+            payload=common_pb2.PayloadRef(
+                digest=update.digest,
+                total_bytes=len(update.data) if total_bytes is None else total_bytes,
+                kind=common_pb2.PAYLOAD_KIND_UPDATE,
+            ),
+            offset=offset,
+        )
+
+        def frames() -> Iterator[bytes]:
+            yield transfer_pb2.UploadRequest(header=header).SerializeToString()
+            view, end = memoryview(update.data), len(update.data) if until is None else until
+            for start in range(offset, end, CHUNK_BYTES):
+                yield pack_chunk(start, view[start : min(end, start + CHUNK_BYTES)])
+
+        while True:
+            try:
+                return self._upload(frames(), metadata=self._metadata, timeout=300).receipt
+            except grpc.RpcError as error:
+                ours = from_rpc_error(error)
+                if not (retry and isinstance(ours, BusyError | UnavailableError)):
+                    raise ours from None
+                time.sleep(0.1)
+
+
+def encode_update(
+    assignment: participation_pb2.Assignment,
+    specs: tuple[TensorSpec, ...],
+    make_tensor: MakeTensor,
+    num_examples: int = 1,
+    **changes: Any,
+) -> Update:
+    """An update for an assignment; `changes` replace fields of its manifest's header or UpdateInfo."""
+    info = UpdateInfo(assignment_id=assignment.assignment_id, num_examples=num_examples, metrics={"loss": 0.0})
+    of_info = {key: changes.pop(key) for key in list(changes) if hasattr(info, key)}
+    header: dict[str, Any] = {
+        "kind": common_pb2.PAYLOAD_KIND_UPDATE,
+        "run_id": assignment.run_id,
+        "round": assignment.round,
+        "model_version": assignment.model_version,
+        "base_digest": assignment.model.digest,
+    } | changes
+    with MemoryFile() as memory:
+        written = write_payload(
+            memory.file,
+            update=replace(info, **of_info),
+            tensors=[(spec, make_tensor(spec)) for spec in specs],
+            codec=assignment.codec or "raw",
+            **header,
+        )
+        memory.file.flush()
+        memory.file.seek(0)
+        return Update(written.digest, memory.file.read())
+
+
+def constant(value: float) -> MakeTensor:
+    """Tensors filled with one value; counters are left at zero."""
+
+    def make(spec: TensorSpec) -> Tensor:
+        dtype = torch_dtype(spec.dtype)
+        return torch.full(spec.shape, value if dtype.is_floating_point else 0, dtype=dtype)
+
+    return make
+
+
+def echo_rounds(client: LightClient, value: float, num_examples: int) -> int:
+    """Answers every assignment with a constant update until the run is over; returns how many."""
+    done = 0
+    while True:
+        try:
+            answer = client.poll()
+        except UnavailableError:
+            return done
+        if not answer.assignments:
+            if "no active run" in answer.idle_reason:
+                return done
+            continue
+        assignment = answer.assignments[0]
+        with MemoryFile() as memory:
+            manifest = client.download(assignment, memory)
+        update = encode_update(assignment, manifest.specs, constant(value), num_examples)
+        try:
+            client.upload(assignment.assignment_id, update)
+            done += 1
+        except NoLongerNeededError:
+            continue
