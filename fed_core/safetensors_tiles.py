@@ -4,8 +4,8 @@ The files are ordinary ones (github.com/huggingface/safetensors) that the safete
 Our own metadata keeps what the format has no place for: which tensors are buffers, and that a complex128 tensor, which it does not
 know, lies there as pairs of float64 in one more dimension.
 
-As the library does, we lay larger element types first, so that every tensor is aligned to its elements; the header lists the tensors in
-the order of the model.
+As the library does, we lay larger element types first, so that every tensor is aligned to its elements; the header lists the
+tensors in the order of the model.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class _Place:
 class SafetensorsWriter:
     """Writes a file whose tensors arrive in tiles, in any order, from any thread.
 
-    `file` is open for writing and empty; it is written by position and not closed. `metadata` is kept for the reader; names that begin
-    with "fedstream." are ours. Raises InvalidError for a name that is listed twice, OSError as the disk has it.
+    `file` is open for writing and empty; it is written by position and not closed. `metadata` is kept for the reader; names that
+    begin with "fedstream." are ours. Raises InvalidError for a name that is listed twice, OSError as the disk has it.
     """
 
     def __init__(self, file: BinaryIO, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
@@ -149,8 +149,8 @@ class SafetensorsReader:
             self._fd = -1
 
     def read_tile(self, name: str, first: int, count: int, out: Tensor | None = None) -> Tensor:
-        """`count` elements from coordinate `first` (row-major) on, flat: in the beginning of `out` where given (flat, contiguous, of
-        the tensor's dtype and at least so long), else in fresh memory.
+        """`count` elements from coordinate `first` (row-major) on, flat: in the beginning of `out` where given (flat, contiguous,
+        on the CPU, of the tensor's dtype and at least so long), else in fresh memory.
 
         Raises InvalidError for an unknown name, a tile that leaves the tensor or an `out` that does not fit, PayloadError
         where the file ends early or a bool is neither 0 nor 1.
@@ -160,13 +160,12 @@ class SafetensorsReader:
         dtype = torch_dtype(place.spec.dtype)
         if out is None:
             out = torch.empty(count, dtype=dtype)
-        elif out.dtype != dtype or out.dim() != 1 or not out.is_contiguous() or len(out) < count:
+        elif out.dtype != dtype or out.dim() != 1 or not out.is_contiguous() or not out.is_cpu or len(out) < count:
             raise InvalidError(
-                f"`out` for {count} elements of tensor {name!r} must be flat, contiguous and {place.spec.dtype}"
+                f"`out` for {count} elements of tensor {name!r} must be flat, contiguous, {place.spec.dtype}, on the CPU"
             )
         tile = out[:count]
-        view = _bytes_of(tile)
-        _read_all(self._fd, view, offset)
+        _read_all(self._fd, tile.view(torch.uint8).numpy().data, offset)
         # torch trusts the bytes of a bool.
         if dtype == torch.bool and count and int(tile.view(torch.uint8).max()) > 1:
             raise PayloadError(f"tensor {name!r} in {self.path.name} is bool, but holds bytes other than 0 and 1")
@@ -327,10 +326,8 @@ def _parse_entry(name: str, entry: object) -> tuple[TensorSpec, int, int]:
             pass
         case _:
             raise PayloadError(f"tensor {name!r:.100} needs a dtype, a shape and two data_offsets, and nothing else")
-    if not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
-        raise PayloadError(
-            f"the name of tensor {name!r:.100} has {len(name.encode())} bytes; expected 1 to {MAX_NAME_BYTES}"
-        )
+    if not 1 <= _encoded_length(name) <= MAX_NAME_BYTES:
+        raise PayloadError(f"the name of tensor {name!r:.100} is not text of 1 to {MAX_NAME_BYTES} bytes")
     if format_name not in _DTYPE_OF_FORMAT:
         raise PayloadError(
             f"tensor {name!r} has dtype {format_name!r:.20}; expected one of {', '.join(_DTYPE_OF_FORMAT)}"
@@ -346,6 +343,13 @@ def _parse_entry(name: str, entry: object) -> tuple[TensorSpec, int, int]:
     if end - begin != spec.num_bytes:
         raise PayloadError(f"tensor {name!r} needs {spec.num_bytes} bytes, its offsets span {end - begin}")
     return spec, begin, end
+
+
+def _encoded_length(name: str) -> int:
+    try:
+        return len(name.encode())
+    except UnicodeEncodeError:  # JSON can spell half a character
+        return 0
 
 
 def _names(metadata: dict[str, str], key: str) -> set[str]:
@@ -372,9 +376,9 @@ def _find(places: Mapping[str, _Place], name: str) -> _Place:
 
 
 def _bytes_of(tile: Tensor) -> memoryview:
-    """The memory of a tensor as bytes; a copy only where its elements do not lie in order or on another device."""
-    plain = tile.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy())
+    """The values of a tensor as bytes: its own memory unless they lie there in another order, or elsewhere."""
+    flat = tile.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:
