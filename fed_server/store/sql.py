@@ -282,6 +282,10 @@ def _is_broken(table: Table, columns: tuple[str, ...], message: str) -> bool:
 def _condition(error: BaseException | None) -> str:
     """What is wrong with the database, in a word or two; empty where it is nothing that we know."""
     if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", 0)
+        # The file that the connections share could not grow: the one kind of "I/O error" that is a full disk.
+        if code == sqlite3.SQLITE_IOERR_SHMSIZE:
+            return "full"
         return {
             sqlite3.SQLITE_FULL: "full",
             sqlite3.SQLITE_BUSY: "locked",
@@ -289,7 +293,7 @@ def _condition(error: BaseException | None) -> str:
             sqlite3.SQLITE_CORRUPT: "not a database",
             sqlite3.SQLITE_CANTOPEN: "cannot open",
             sqlite3.SQLITE_READONLY: "cannot open",
-        }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "")
+        }.get(code & 0xFF, "")
     return {"53100": "full", "55P03": "locked"}.get(getattr(error, "sqlstate", ""), "")
 
 
