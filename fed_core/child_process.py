@@ -306,7 +306,7 @@ class Channel:
         return message
 
     def serve(self, answer: Callable[[Json, OnProgress], Json], kind_of: Callable[[BaseException], str]) -> None:
-        """Answers requests until the parent closes the pipe. What `answer` raises becomes an error of the kind that `kind_of` says."""
+        """Answers requests until the parent closes the pipe. What `answer` raises becomes an error of its `kind_of`."""
         while (request := self._requests.get()) is not None:
             self._is_working.set()
             try:
