@@ -4,8 +4,8 @@
 CONSTRAINTS := constraints.txt
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-# Plain PyPI has only the CUDA build of torch for Linux, which is gigabytes. `make setup
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes PyTorch's small CPU build where pip does not know of one yet.
+# Where pip does not know of the small CPU build of torch, name the index that has it: make setup TORCH_INDEX=URL. Without it
+# pip may take the CUDA build, which is gigabytes.
 TORCH_INDEX ?=
 # One thread per process: tests and daemons share the cores, and thread counts must not decide about bits.
 ONE_THREAD := OMP_NUM_THREADS=1
