@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -105,7 +106,8 @@ class Coordinator:
         await run.load()
         self._runs[record.run_id] = run
         self.assignments_changed(run.open_assignments())
-        task = asyncio.create_task(self._drive(run), name=f"run {record.name}")
+        # A context of its own: a run submitted by a call must not log that call's request id for the rest of its life.
+        task = asyncio.create_task(self._drive(run), name=f"run {record.name}", context=contextvars.Context())
         self._drivers[record.run_id] = task
         return run
 
