@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -92,11 +93,10 @@ class Daemon:
     def _start(self) -> None:
         identity = enroll(self._settings, self._state, self._stop)
         self._stop.check()
-        structlog.contextvars.bind_contextvars(site=identity.name)
         transport = Transport(self._settings, identity)
         self._closers.append(transport.close)
         progress = ProgressReporter(transport, self._on_dropped, self._fatal)
-        outbox = Outbox(transport, self._table, self._discard, self._fatal)
+        outbox = Outbox(transport, self._discard, self._fatal)
         self._progress = progress
         for spooled in self._spool.scan():
             held = Held(spooled.assignment, common_pb2.WORK_PHASE_SPOOLED, spooled)
@@ -215,6 +215,10 @@ class Daemon:
         for close in reversed(self._closers):
             close()
         for trainer in self._sources:
+            # A process without state has nothing to put in order, and torch takes its time to unload.
+            if (pid := trainer.pid) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             trainer.close()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -16,7 +16,7 @@ import structlog
 
 from fed_client.backoff import Backoff
 from fed_client.transport import Transport
-from fed_client.work import Held, WorkTable
+from fed_client.work import Held
 from fed_core.errors import (
     FedstreamError,
     InvalidError,
@@ -142,9 +142,8 @@ Verdict = participation_pb2.ReportFailureRequest | participation_pb2.ReportEvalu
 class Outbox:
     """Delivers verdicts until each has an answer. The assignment is held until then, so that no poll brings it back."""
 
-    def __init__(self, transport: Transport, table: WorkTable, on_done: Callable[[Held], None], fatal: Fatal) -> None:
+    def __init__(self, transport: Transport, on_done: Callable[[Held], None], fatal: Fatal) -> None:
         self._transport = transport
-        self._table = table
         self._on_done = on_done
         self._fatal = fatal
         self._pending: deque[tuple[Held, Verdict]] = deque()
