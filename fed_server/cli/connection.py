@@ -141,7 +141,9 @@ class Coordinator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._channel.close()
+        # Ctrl-C may strike within gRPC, and closing then waits for ever for a call that is only half begun; the process ends anyway.
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self._channel.close()
 
     def get_run(self, run: str) -> runs_pb2.GetRunResponse:
         """A run and its newest round."""

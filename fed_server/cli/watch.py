@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -55,7 +57,7 @@ def follow(connection: Connection, run: str, sleep: Callable[[float], None] = ti
 def watch(connection: Connection, run: str, *, console: Console, talk: Talk, as_json: bool = False) -> bool:
     """Shows a run until it has ended. Returns whether it finished, rather than failed or was cancelled. Ctrl-C ends the watching
     only, and raises KeyboardInterrupt."""
-    updates = follow(connection, run)
+    updates = _in_background(follow(connection, run))
     if as_json:
         last = _as_json(updates, console, talk)
     elif console.is_terminal:
@@ -63,6 +65,26 @@ def watch(connection: Connection, run: str, *, console: Console, talk: Talk, as_
     else:
         last = _as_lines(updates, console, talk)
     return last is not None and last.state == runs_pb2.RUN_STATE_FINISHED
+
+
+def _in_background(updates: Updates) -> Updates:
+    """The same updates, made in another thread, so that Ctrl-C strikes a queue and never the inside of gRPC, which would not get
+    over it. Whoever stops reading leaves the thread to end with the process."""
+    made: queue.SimpleQueue[runs_pb2.WatchRunResponse | str | BaseException | None] = queue.SimpleQueue()
+
+    def make() -> None:
+        try:
+            for update in updates:
+                made.put(update)
+            made.put(None)
+        except BaseException as error:
+            made.put(error)
+
+    threading.Thread(target=make, name="watch", daemon=True).start()
+    while (update := made.get()) is not None:
+        if isinstance(update, BaseException):
+            raise update
+        yield update
 
 
 def _on_terminal(updates: Updates, console: Console) -> runs_pb2.Run | None:
