@@ -141,7 +141,7 @@ class Coordinator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Ctrl-C may strike within gRPC, and closing then waits for ever for a call that is only half begun; the process ends anyway.
+        # Ctrl-C may strike within gRPC, and closing then waits for ever for a call that is half begun; the process ends anyway.
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self._channel.close()
 

@@ -248,7 +248,7 @@ def run_submit(
     for notice in response.notices:
         _talk(f"[yellow]notice:[/] {_escape(notice)}")
     if watch:
-        _watch(connection, run.run_id, as_json)
+        _watch(connection, run.name, as_json)
 
 
 def _submit(connection: Connection, config: RunConfig, text: str, workload: str | None, init: Path | None) -> Any:

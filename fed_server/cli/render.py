@@ -501,7 +501,7 @@ def _doing(client: runs_pb2.RoundClient, age: float, is_over: bool) -> list[Rend
     share = min(1.0, client.done / client.total)
     eta = client.eta_seconds - age
     bar = ProgressBar(total=1, completed=share, complete_style="cyan", finished_style="cyan")
-    left = format_seconds(max(0.0, eta)) if client.eta_seconds >= 0 else ""
+    left = "" if client.eta_seconds < 0 else format_seconds(eta) if eta >= 1 else "< 1 s"
     return [mark, name, phase, bar, f"{100 * share:.0f}", _amount(client), left]
 
 
