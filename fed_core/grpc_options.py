@@ -48,4 +48,6 @@ def server_options() -> Options:
             MIN_PING_INTERVAL_SECONDS * 1000,
         ),
         ("grpc.so_reuseport", 0),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 2**20),
     ]

@@ -782,6 +782,7 @@ class LiveRun:
                 )
             finally:
                 self._folds.task_done()
+                del aggregate  # model-sized: the next round's is made before this loop comes round again
 
     def _fold(self, assignment: AssignmentRecord, aggregate: Aggregator) -> None:
         with PayloadReader(self._facilities.files.update_path(assignment.assignment_id)) as reader:
