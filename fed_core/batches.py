@@ -70,6 +70,8 @@ def evaluate(
     evaluation mode and back. Sums are float64. Raises InvalidError for a metric whose name cannot travel.
     """
     total = num_examples(data)
+    if total == 0:
+        return 0, {}
     sums: dict[str, float] = {}
     was_training = model.training
     model.eval()

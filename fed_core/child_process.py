@@ -194,12 +194,10 @@ class _Running:
                 return result
 
     def kill(self) -> None:
-        """Ends it and what it started."""
+        """Ends it and what it started; `is_alive` is false from then on."""
         self._is_doomed = True
-        # Only while it is not reaped is its id its own.
         if self.process.poll() is None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self._kill_group()
 
     def close(self) -> tuple[int, list[str]]:
         """Lets it end if it is idle, else ends it; returns its exit status and the last lines of its log."""
@@ -210,9 +208,15 @@ class _Running:
         except subprocess.TimeoutExpired:
             self.kill()
         status = self.process.wait()
+        # What it left behind; the id of a group is not given anew while a member lives, and an empty one is no error.
+        self._kill_group()
         log = self._log.finish()
         self._answers.close()
         return status, log
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def _send(self, message: Mapping[str, Any]) -> None:
         self._requests.write(json.dumps(message).encode() + b"\n")

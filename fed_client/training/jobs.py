@@ -17,7 +17,7 @@ from fed_client.training.loop import train
 from fed_core.batches import check_metric_names, choose_device, evaluate, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
 from fed_core.codecs.base import TileSource
-from fed_core.errors import InvalidError, NotFiniteError
+from fed_core.errors import DiskFullError, InvalidError, NotFiniteError
 from fed_core.payload.manifest import UpdateInfo
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import Written, write_payload
@@ -40,7 +40,7 @@ def kind_of(error: BaseException) -> str:
         return "FINGERPRINT_MISMATCH"
     if isinstance(error, NotFiniteError):
         return "NOT_FINITE"
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in _FULL):
         return "DISK_FULL"
     return "WORKLOAD"
 
@@ -217,8 +217,12 @@ def _published(path: Path) -> Iterator[Callable[..., Written]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise DiskFullError(
+                f"no space left for the update in {path.parent}: free some, or move the state directory to a larger disk"
+            ) from error
         raise
     descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -64,7 +64,7 @@ def train(
             loss = workload.training_step(model, batch_of(workload, data, indices, device), optimizer)
             num_steps += 1
             num_seen += len(indices)
-            loss_sum += float(loss) * len(indices)
+            loss_sum += float(loss.detach()) * len(indices)
             is_over = 0 < plan.time_budget_seconds <= clock() - begin
             if on_progress is not None:
                 on_progress(num_steps, total, {"loss": loss_sum / num_seen})
