@@ -200,8 +200,9 @@ def explain_tls(settings: Settings) -> Check:
             context.wrap_socket(plain, server_hostname=name) as secured,
         ):
             version, protocol = secured.version(), secured.selected_alpn_protocol()
-            # A server that wants a certificate says so only when it has read ours: after the handshake, in TLS 1.3.
-            secured.recv(1)
+            # In TLS 1.3 a server that wants a certificate turns away one that has none after the handshake; any other gRPC
+            # server speaks first.
+            is_welcome = bool(secured.recv(1))
     except ssl.SSLCertVerificationError as error:
         return _explain_certificate(error, settings, name)
     except ssl.SSLError as error:
@@ -213,6 +214,8 @@ def explain_tls(settings: Settings) -> Check:
             f"the handshake broke off: {error}",
             "see that no proxy stands between, and the log of fed-server",
         )
+    if not is_welcome:
+        return _turned_away(settings)
     if protocol != "h2":
         return Check(
             "tls",
@@ -260,17 +263,19 @@ def _explain_handshake(error: ssl.SSLError, settings: Settings) -> Check:
             "start fed-server with --tls-cert and --tls-key; or, on a network that you trust wholly, give --insecure here",
         )
     if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
-        had = "the one given is not accepted" if settings.tls_cert else "none is given"
-        return Check(
-            "tls",
-            Verdict.FAIL,
-            f"the coordinator asks for a certificate of this site; {had}",
-            "give --tls-cert and --tls-key",
-        )
+        return _turned_away(settings)
     if "UNKNOWN_CA" in reason:
         text = "the coordinator does not know the authority of this site's certificate"
         return Check("tls", Verdict.FAIL, text, "have --tls-cert signed by the authority that its operator names")
     return Check("tls", Verdict.FAIL, f"the handshake failed: {reason}", "see the log of fed-server")
+
+
+def _turned_away(settings: Settings) -> Check:
+    if settings.tls_cert is None:
+        text = "the coordinator asks for a certificate of this site, and none is given"
+        return Check("tls", Verdict.FAIL, text, "give --tls-cert and --tls-key")
+    text = "the coordinator does not accept this site's certificate"
+    return Check("tls", Verdict.FAIL, text, "have --tls-cert signed by the authority that its operator names")
 
 
 def _speaks_tls(settings: Settings) -> bool:

@@ -1,0 +1,553 @@
+"""The daemon as a process: killed, stopped, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import psutil
+import pytest
+import trustme
+
+from fed_client.settings import load_settings
+from fed_core.errors import ConfigError, CorruptError, NoLongerNeededError, UnauthenticatedError, UpdateRefusedError
+from fed_core.payload.verify import verify_file
+from fedstream.v1 import common_pb2, participation_pb2
+
+if TYPE_CHECKING:
+    from tests.client.conftest import FakeCoordinator
+
+# A model of 2 MiB, so that transfers have a middle.
+WORKLOAD = """
+    import os, time
+    import torch
+    from torch import nn
+    from fed_core.workload import Workload
+
+    class Toy(Workload):
+        name = "toy"
+
+        def __init__(self):
+            self.seconds = 0.0
+
+        def model(self):
+            return nn.Linear(2**19, 1, bias=False)
+
+        def train_data(self, site):
+            site.allow_options("seconds", "exit")
+            self.seconds = site.number("seconds", 0.0)
+            self.exits = site.flag("exit")
+            print("data was read")
+            return torch.zeros(4, 2**19), torch.ones(4, 1)
+
+        def evaluation_data(self, site):
+            return torch.zeros(3, 2**19), torch.ones(3, 1)
+
+        def loss(self, model, batch):
+            if self.exits:
+                os._exit(3)
+            time.sleep(self.seconds)
+            x, y = batch
+            return ((model(x) - y) ** 2).mean()
+"""
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.py"
+    path.write_text(textwrap.dedent(WORKLOAD))
+    return path
+
+
+@pytest.fixture
+def assignment(
+    tmp_path: Path, workload: Path, coordinator: FakeCoordinator
+) -> Callable[..., participation_pb2.Assignment]:
+    from fed_core.payload.writer import write_payload
+    from fed_core.specs import fingerprint
+    from fed_core.tensors import model_specs, model_tensors
+    from fed_core.workload import initial_model, load_workload
+
+    model = initial_model(load_workload(str(workload)), seed=0)
+    specs = model_specs(model)
+    with (tmp_path / "model").open("w+b") as file:
+        written = write_payload(
+            file,
+            kind=common_pb2.PAYLOAD_KIND_MODEL,
+            run_id="r1",
+            round=0,
+            model_version=0,
+            base_digest=b"",
+            update=None,
+            tensors=[(spec, model_tensors(model)[spec.name]) for spec in specs],
+        )
+    coordinator.payloads[written.digest] = (tmp_path / "model").read_bytes()
+
+    def make(assignment_id: str = "a1", kind: str = "TRAIN", steps: int = 2) -> participation_pb2.Assignment:
+        return participation_pb2.Assignment(
+            assignment_id=assignment_id,
+            run_id="r1",
+            round=1,
+            kind=common_pb2.AssignmentKind.Value(f"ASSIGNMENT_KIND_{kind}"),
+            workload=common_pb2.WorkloadOffer(name="toy", version="1"),
+            fingerprint=fingerprint(specs),
+            model=common_pb2.PayloadRef(
+                digest=written.digest, total_bytes=written.total_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL
+            ),
+            plan=common_pb2.TrainingPlan(
+                steps=steps,
+                batch_size=2,
+                seed=1,
+                num_threads=1,
+                optimizer=common_pb2.OptimizerPlan(
+                    kind=common_pb2.OPTIMIZER_KIND_SGD, learning_rate=0.1, epoch_decay=1.0
+                ),
+            ),
+            codec="raw",
+        )
+
+    return make
+
+
+@dataclass
+class Site:
+    """A fed-client in a process of its own."""
+
+    arguments: list[str]
+    state: Path
+    log: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, *more: str, fail_at: str = "") -> subprocess.Popen[bytes]:
+        environment = os.environ | ({"FEDSTREAM_FAIL_AT": fail_at} if fail_at else {})
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fed_client.cli", "run", *self.arguments, *more], stderr=log, env=environment
+            )
+        self.processes.append(process)
+        return process
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == name]
+
+    def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"it never came to be; the log:\n{self.log.read_text()}"
+            time.sleep(0.02)
+
+    def spool(self) -> list[str]:
+        return sorted(path.name for path in (self.state / "spool").iterdir())
+
+
+@pytest.fixture
+def site(coordinator: FakeCoordinator, workload: Path, tmp_path: Path) -> Iterator[Site]:
+    state = tmp_path / "state"
+    arguments = ["--server", coordinator.address, "--state-dir", str(state), "--name", "site", "--log-format", "json"]
+    arguments += ["--workload", str(workload), "--join-token", "join"]
+    site = Site(arguments, state, tmp_path / "log")
+    yield site
+    for process in site.processes:
+        process.kill()
+        process.wait()
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fed_client.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+
+
+# -- work --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_site_enrols_trains_evaluates_and_tells_what_it_did(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    coordinator.want(assignment("a1"), assignment("a2", kind="EVALUATE"))
+    process = site.start()
+    site.until(lambda: not coordinator.desired and site.events("evaluation delivered") and site.events("uploaded"))
+    (site.state.parent / "update").write_bytes(coordinator.received["a1"])
+    manifest = verify_file(site.state.parent / "update", coordinator.receipts["a1"].digest)
+    assert manifest.update is not None
+    assert (manifest.update.assignment_id, manifest.update.num_steps) == ("a1", 2)
+    assert coordinator.calls["ReportEvaluation"][0].num_examples == 3
+    phases = {call.phase for call in coordinator.calls["ReportProgress"]}
+    assert common_pb2.WORK_PHASE_TRAINING in phases
+    assert len(coordinator.calls["Download"]) == 1
+    site.until(lambda: site.spool() == [])
+    events = [
+        event
+        for event in ("enrolled", "workload offered", "assignment taken", "trained", "uploaded")
+        if site.events(event)
+    ]
+    assert len(events) == 5
+    # The daemon is small and starts fast because torch is the trainer's.
+    assert not [path for path in psutil.Process(process.pid).memory_maps() if "torch" in path.path]
+
+    status = json.loads(_run("status", "--state-dir", str(site.state), "--json").stdout)
+    assert (status["pid"], status["name"], status["client_id"]) == (process.pid, "site", "c1")
+    assert status["workloads"] == ["toy"]
+
+    second = _run("run", *site.arguments)
+    assert second.returncode == 75
+    assert f"process {process.pid}" in second.stderr
+
+
+@pytest.mark.slow
+def test_a_stopped_daemon_ends_at_once_without_an_orphan_and_trains_again(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    coordinator.want(assignment("a1", steps=10_000))
+    process = site.start("--option", "seconds=0.05")
+    site.until(lambda: any(call.done > 2 for call in coordinator.calls["ReportProgress"]))
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert time.monotonic() - began < 3
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert not coordinator.calls["ReportFailure"]
+
+    coordinator.want(assignment("a1"))
+    site.start()
+    site.until(lambda: "a1" in coordinator.receipts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["client-mid-download:2", "client-mid-upload:2"])
+def test_a_daemon_killed_in_a_transfer_goes_on_where_it_was(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment], point: str
+) -> None:
+    coordinator.want(assignment())
+    assert site.start(fail_at=point).wait(60) == -signal.SIGKILL
+    site.start()
+    site.until(lambda: "a1" in coordinator.receipts)
+    assert coordinator.received["a1"][:8] == b"FEDSTRM1"
+    assert len(site.events("trained")) == 1
+    if "upload" in point:
+        uploads = coordinator.calls["Upload"]
+        assert uploads[1].offset > 0
+        assert uploads[1].payload.digest == uploads[0].payload.digest
+    else:
+        assert coordinator.calls["Download"][1].offset > 0
+
+
+@pytest.mark.slow
+def test_an_update_in_the_spool_is_sent_after_a_kill_without_training_again(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    coordinator.want(assignment())
+    assert site.start(fail_at="client-spooled").wait(60) == -signal.SIGKILL
+    assert site.spool() == ["a1.json", "a1.update"]
+    site.start()
+    site.until(lambda: "a1" in coordinator.receipts and not site.spool())
+    assert len(coordinator.calls["Download"]) == 1
+    assert [event["assignment"] for event in site.events("found in the spool")] == ["a1"]
+    site.until(lambda: coordinator.calls["PollAssignment"])
+    assert len(site.events("assignment taken")) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_daemon_leaves_no_trainer(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    coordinator.want(assignment(steps=10_000))
+    process = site.start("--option", "seconds=0.05")
+    site.until(lambda: any(call.done > 0 for call in coordinator.calls["ReportProgress"]))
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert children
+    assert not alive
+
+
+@pytest.mark.slow
+def test_a_dropped_training_is_cancelled_and_the_next_one_done(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    coordinator.want(assignment("a1", steps=10_000))
+    site.start("--option", "seconds=0.05")
+    site.until(lambda: any(call.done > 0 for call in coordinator.calls["ReportProgress"]))
+    coordinator.dropped["a1"] = "the deadline passed"
+    coordinator.want(assignment("a2"))
+    site.until(lambda: "a2" in coordinator.receipts)
+    assert [event["reason"] for event in site.events("dropped")] == ["the deadline passed"]
+    assert "a1" not in coordinator.received
+    assert not coordinator.calls["ReportFailure"]
+
+
+@pytest.mark.slow
+def test_user_code_that_exits_is_a_reported_failure_and_the_daemon_lives(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    coordinator.want(assignment("a1"))
+    process = site.start("--option", "exit=true")
+    site.until(lambda: coordinator.calls["ReportFailure"])
+    report = coordinator.calls["ReportFailure"][0]
+    assert report.kind == participation_pb2.FAILURE_KIND_TRAINER_DIED
+    assert "status 3" in report.message
+    assert "data was read" in (site.state / "trainer.log").read_text()
+    coordinator.want(assignment("a2", kind="EVALUATE"))
+    site.until(lambda: len(coordinator.calls["ReportFailure"]) == 2)
+    assert process.poll() is None
+
+
+@pytest.mark.slow
+def test_a_refused_a_late_and_a_rotten_update_are_each_forgotten_by_name(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    coordinator.upload_faults.append((1, UpdateRefusedError("tensor w: a value is over the bound")))
+    coordinator.want(assignment("a1"))
+    site.start()
+    site.until(lambda: coordinator.calls["ReportFailure"])
+    refused = coordinator.calls["ReportFailure"][0]
+    assert refused.kind == participation_pb2.FAILURE_KIND_UPDATE_REFUSED
+    assert "over the bound" in refused.message
+
+    coordinator.upload_faults.append((1, NoLongerNeededError("the round closed with its goal reached")))
+    coordinator.want(assignment("a2"))
+    site.until(lambda: site.events("dropped"))
+    assert site.events("dropped")[0]["reason"] == "the round closed with its goal reached"
+    coordinator.want()
+
+    def rot(context: Any) -> None:
+        path = site.state / "spool" / "a3.update"
+        data = bytearray(path.read_bytes())
+        data[2**20] ^= 1
+        path.write_bytes(data)
+        coordinator.received["a3"].clear()
+        coordinator.faults["Upload"].append(CorruptError("a digest differs", offset=2**20))
+        coordinator.faults["Upload"].append(CorruptError("a digest differs", offset=2**20))
+        context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    coordinator.upload_faults.append((2**20, rot))
+    coordinator.want(assignment("a3"))
+    site.until(lambda: len(coordinator.calls["ReportFailure"]) == 2)
+    assert coordinator.calls["ReportFailure"][1].kind == participation_pb2.FAILURE_KIND_SPOOL_CORRUPT
+    site.until(lambda: site.spool() == [])
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_site_is_reported_and_the_daemon_lives(
+    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+) -> None:
+    site.state.mkdir()
+    size = 3 * 2**20  # enough for the model, not for its update beside it
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", site.state], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        coordinator.want(assignment("a1"))
+        process = site.start()
+        site.until(lambda: coordinator.calls["ReportFailure"])
+        assert coordinator.calls["ReportFailure"][0].kind == participation_pb2.FAILURE_KIND_DISK_FULL
+        coordinator.want(assignment("a2", kind="EVALUATE"))
+        site.until(lambda: coordinator.calls["ReportEvaluation"])
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        subprocess.run(["umount", site.state], check=True)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_identity_that_is_not_known_ends_with_77(coordinator: FakeCoordinator, site: Site) -> None:
+    coordinator.faults["PollAssignment"].append(UnauthenticatedError("unknown client"))
+    assert site.start().wait(60) == 77
+    assert site.events("the daemon stops")[0]["error"] == "unknown client"
+
+
+def test_enrolling_has_an_exit_code_for_each_end(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    at = ["--server", coordinator.address, "--state-dir", str(tmp_path / "state"), "--name", "site"]
+    no_token = _run("enroll", *at)
+    assert (no_token.returncode, "--join-token" in no_token.stderr) == (77, True)
+    assert _run("enroll", *at, "--join-token", "wrong").returncode == 77
+    nobody = _run("enroll", "--server", f"127.0.0.1:{_free_port()}", *at[2:], "--join-token", "join", "--wait", "0")
+    assert (nobody.returncode, "fed-client doctor" in nobody.stderr) == (69, True)
+    good = _run("enroll", *at, FED_CLIENT_JOIN_TOKEN="join")
+    assert (good.returncode, "c1" in good.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "words"),
+    [
+        (["run"], {}, 78, "give --server"),
+        (["run", "--server", "http://x/"], {}, 78, "HOST:PORT"),
+        (["run", "--server", "x:1"], {}, 78, "--workload"),
+        (["run", "--server", "x:1", "--label", "a"], {}, 78, "key=value"),
+        (["run", "--server", "x:1", "--epochs", "1", "--steps", "1"], {}, 78, "give one"),
+        (["run", "--server", "x:1", "--tls-ca", "/nowhere"], {}, 78, "cannot be read"),
+        (["run", "--server", "x:1", "--config", "/nowhere"], {}, 78, "--config"),
+        (["run"], {"FED_CLIENT_SERVR": "x:1"}, 78, "did you mean FED_CLIENT_SERVER?"),
+        (["run", "--no-such-option"], {}, 2, "--no-such-option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_named_with_its_cure(
+    arguments: list[str], environment: dict[str, str], code: int, words: str
+) -> None:
+    result = _run(*arguments, **environment)
+    assert result.returncode == code
+    assert words in result.stderr
+
+
+def test_flags_come_before_the_environment_and_that_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "client.toml"
+    config.write_text(
+        'server = "file:1"\nname = "file"\ndevice = "cpu"\n[labels]\nregion = "north"\n[overrides]\nepochs = 3\n'
+    )
+    monkeypatch.setenv("FED_CLIENT_NAME", "environment")
+    monkeypatch.setenv("FED_CLIENT_DEVICE", "cuda")
+    monkeypatch.setenv("FED_CLIENT_WORKLOAD", "digits,toy.py")
+    monkeypatch.setenv("FED_CLIENT_OPTIONS", "a=1,b=2")
+    settings = load_settings({"name": "flag", "options": {"b": "3"}}, config)
+    assert (settings.name, settings.device, settings.server) == ("flag", "cuda", "file:1")
+    assert settings.workload == ["digits", "toy.py"]
+    assert settings.options == {"a": "1", "b": "3"}
+    assert settings.labels == {"region": "north"}
+    assert settings.overrides.epochs == 3
+    config.write_text('server = "x:1"\n[overrides]\nepoch = 3\n')
+    with pytest.raises(ConfigError, match="did you mean epochs"):
+        load_settings({}, config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "uses_tls"),
+    [
+        ({"server": "127.0.0.1:1"}, False),
+        ({"server": "localhost:1"}, False),
+        ({"server": "[::1]:1"}, False),
+        ({"server": "fed.example.org:1"}, True),
+        ({"server": "10.0.0.1:1"}, True),
+        ({"server": "10.0.0.1:1", "insecure": True}, False),
+        ({"server": "127.0.0.1:1", "tls_server_name": "fed.example.org"}, True),
+    ],
+)
+def test_plaintext_leaves_the_machine_only_when_told_to(flags: dict[str, Any], uses_tls: bool) -> None:
+    assert load_settings(flags).uses_tls is uses_tls
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def _examine(*arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+    result = _run("doctor", "--json", *arguments)
+    return result.returncode, {check["name"]: check for check in json.loads(result.stdout)}
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_nothing_wrong_with_a_good_site(coordinator: FakeCoordinator, site: Site) -> None:
+    arguments = [each for each in site.arguments if each not in ("--log-format", "json")]
+    assert _run("enroll", *arguments[:6], "--join-token", "join").returncode == 0
+    code, checks = _examine(*arguments)
+    assert code == 0, checks
+    names = ["settings", "state", "address", "tls", "health", "identity", "clock", "workload", "data", "device"]
+    assert list(checks) == names
+    assert "4 training examples" in checks["data"]["text"]
+    assert coordinator.calls["PollAssignment"][0].wait_seconds == 0
+
+
+def test_the_doctor_says_the_cure(tmp_path: Path) -> None:
+    code, checks = _examine(
+        "--server", f"127.0.0.1:{_free_port()}", "--state-dir", str(tmp_path), "--workload", "nowhere.py"
+    )
+    assert code == 1
+    assert "refuses connections" in checks["address"]["text"]
+    assert "start fed-server" in checks["address"]["cure"]
+    assert "nowhere.py" in checks["workload"]["text"]
+    assert "health" not in checks
+
+
+@pytest.mark.parametrize(
+    ("serves", "asks", "words"),
+    [
+        ("good", ["--tls-ca", "CA"], "certificate is good for 'localhost'"),
+        ("good", ["--tls-server-name", "localhost"], "give --tls-ca"),
+        ("good", [], "speaks TLS"),
+        ("other name", ["--tls-ca", "CA"], "--tls-server-name"),
+        ("plaintext", ["--tls-ca", "CA"], "speaks plaintext"),
+        ("wants a certificate", ["--tls-ca", "CA"], "asks for a certificate"),
+    ],
+    ids=["good", "unknown authority", "plaintext to TLS", "wrong name", "TLS to plaintext", "mutual"],
+)
+def test_the_doctor_explains_tls(tmp_path: Path, serves: str, asks: list[str], words: str) -> None:
+    from fed_client.doctor import examine
+
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate = authority.issue_cert("other.example.org" if serves == "other name" else "localhost")
+    with _grpc_server(authority, certificate, serves) as port:
+        flags: dict[str, Any] = {"server": f"localhost:{port}", "state_dir": tmp_path / "state"}
+        for option, value in zip(asks[::2], asks[1::2], strict=True):
+            flags[option[2:].replace("-", "_")] = tmp_path / "ca.pem" if value == "CA" else value
+        checks = {check.name: check for check in examine(lambda: load_settings(flags))}
+    assert words in checks["tls"].text + checks["tls"].cure
+    assert (checks["tls"].verdict == "ok") is (serves == "good" and asks == ["--tls-ca", "CA"])
+
+
+class _grpc_server:
+    """A gRPC server with the health service only."""
+
+    def __init__(self, authority: trustme.CA, certificate: trustme.LeafCert, serves: str) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+        self._server = grpc.server(ThreadPoolExecutor(2))
+        servicer = health.HealthServicer()
+        servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        if serves == "plaintext":
+            self._port = self._server.add_insecure_port("localhost:0")
+            return
+        chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+        wants = serves == "wants a certificate"
+        credentials = grpc.ssl_server_credentials(
+            [(certificate.private_key_pem.bytes(), chain)],
+            root_certificates=authority.cert_pem.bytes() if wants else None,
+            require_client_auth=wants,
+        )
+        self._port = self._server.add_secure_port("localhost:0", credentials)
+
+    def __enter__(self) -> int:
+        self._server.start()
+        return self._port
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_help_teaches() -> None:
+    result = _run("--help")
+    assert result.returncode == 0
+    for word in ("run", "enroll", "doctor", "status", "Exit codes"):
+        assert word in result.stdout
