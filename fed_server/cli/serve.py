@@ -10,11 +10,13 @@ from rich.console import Console
 
 from fed_server.app import App
 from fed_server.logs import configure_logs
+from fed_server.memory import limit_arenas
 from fed_server.settings import ServerSettings
 
 
 def serve_until_told(settings: ServerSettings) -> None:
     """Blocks until SIGTERM or SIGINT; a second one ends the draining too."""
+    limit_arenas()
     configure_logs(settings.log_level, settings.log_format)
     asyncio.run(_serve(settings))
 

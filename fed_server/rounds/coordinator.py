@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fed_core.errors import (
     ConflictError,
+    FedstreamError,
     NotFoundError,
     UnavailableError,
     WrongPhaseError,
@@ -72,6 +73,8 @@ class Coordinator:
         self._turns = 0
         # Held from the publication of a file until the transaction that refers to it, and by whoever deletes unreferenced files.
         self.files_lock = asyncio.Lock()
+        self._garbage = Signal()
+        self._collector: asyncio.Task[None] | None = None
         self.is_draining = False
 
     # Life
@@ -87,7 +90,8 @@ class Coordinator:
             self.remember_client(client)
         for record in runs:
             await self._adopt(record, parse_run_config(record.config_toml))
-        await self.collect_garbage()
+        await self._collect_garbage()
+        self._collector = asyncio.create_task(self._collect_when_told(), name="collect garbage")
 
     async def drain(self) -> None:
         """Gives out no more work."""
@@ -97,9 +101,10 @@ class Coordinator:
 
     async def stop(self) -> None:
         """Ends the drivers where they stand; the store has everything."""
-        for task in self._drivers.values():
+        tasks = [*self._drivers.values(), *([self._collector] if self._collector else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._drivers.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _adopt(self, record: RunRecord, config: RunConfig) -> LiveRun:
         run = LiveRun(self._facilities, self, record, config)
@@ -119,7 +124,7 @@ class Coordinator:
             if run.record.state is not RunState.ACTIVE:
                 self._runs.pop(run.run_id, None)
                 self._wake_runs()
-                await self.collect_garbage()
+                self.garbage_left()
 
     # Clients
 
@@ -475,7 +480,20 @@ class Coordinator:
 
     # Files
 
-    async def collect_garbage(self) -> None:
+    def garbage_left(self) -> None:
+        """Says that there are files that nobody needs any longer; no round waits for their deletion."""
+        self._garbage.notify()
+
+    async def _collect_when_told(self) -> None:
+        seen = 0
+        while True:
+            seen = await self._garbage.wait(seen, 3600.0)
+            try:
+                await self._collect_garbage()
+            except (FedstreamError, OSError):
+                logger.exception("files could not be deleted; the next round tries again")
+
+    async def _collect_garbage(self) -> None:
         """Deletes files that nothing refers to: updates of rounds that are over, payloads that no open round sends, versions
         that are no longer kept, partial uploads of assignments that are over."""
         async with self.files_lock:

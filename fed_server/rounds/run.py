@@ -101,8 +101,8 @@ class Surroundings(Protocol):
         """Tells the pollers."""
         ...
 
-    async def collect_garbage(self) -> None:
-        """Deletes the files that nobody needs."""
+    def garbage_left(self) -> None:
+        """Says that there are files that nobody needs any longer; they are deleted in the background."""
         ...
 
 
@@ -599,7 +599,7 @@ class LiveRun:
 
             await self._facilities.workers.store(write)
             self.models |= {model.version: model for model in retired}
-        await self._surroundings.collect_garbage()
+        self._surroundings.garbage_left()
 
     async def _finish(self, state: RunState, reason: str) -> None:
         async with self._moving:

@@ -46,9 +46,7 @@ def phase_name(phase: int) -> str:
 def phase_of(name: str) -> common_pb2.WorkPhase.ValueType:
     """The WorkPhase of a lower-case name."""
     full = f"WORK_PHASE_{name.upper()}"
-    return (
-        common_pb2.WorkPhase.Value(full) if full in _PHASES else common_pb2.WORK_PHASE_UNSPECIFIED
-    )
+    return common_pb2.WorkPhase.Value(full) if full in _PHASES else common_pb2.WORK_PHASE_UNSPECIFIED
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:

@@ -154,7 +154,8 @@ class TransferService:
             try:
                 await self._workers.disk(upload.open, header.offset)
                 await self._take_chunks(requests, upload, assignment)
-                current = self._coordinator.assignment(assignment.client_id, assignment.assignment_id)
+                # Found even if its round, or its run, ended while the bytes came.
+                current = await self._find(assignment.assignment_id)
                 if current.state is AssignmentState.OPEN:
                     manifest = await self._workers.disk(upload.finish)
                     assert manifest.update is not None
@@ -222,10 +223,16 @@ class TransferService:
         assert task is not None
         self._streams[assignment_id] = task
         if older is not None:
-            older.cancel("a newer stream for this assignment took over")
+            older.cancel()
             await asyncio.wait([older], timeout=STALL_SECONDS)
         try:
             yield
+        except asyncio.CancelledError:
+            if self._streams.get(assignment_id) is task:
+                raise
+            # Not its client's doing: answered, or a client that still listens would wait for ever.
+            task.uncancel()
+            raise UnavailableError("a newer stream for this assignment took over") from None
         finally:
             if self._streams.get(assignment_id) is task:
                 del self._streams[assignment_id]

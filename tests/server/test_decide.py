@@ -50,7 +50,11 @@ def test_without_a_deadline_a_round_waits_for_ever() -> None:
 
 
 def test_failures_that_put_the_quorum_out_of_reach_fail_the_round_at_once() -> None:
-    members = [member("a", FAILED, reason="WORKLOAD: ZeroDivisionError"), member("b", FAILED, reason="x"), member("c", OPEN)]
+    members = [
+        member("a", FAILED, reason="WORKLOAD: ZeroDivisionError"),
+        member("b", FAILED, reason="x"),
+        member("c", OPEN),
+    ]
     decision = decide(view(*members))
     assert decision.verdict is Verdict.FAIL
     assert "a (WORKLOAD: ZeroDivisionError)" in decision.reason
