@@ -22,7 +22,8 @@ STUBS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 def generate(target: Path) -> None:
     """Write the stubs of every .proto file under `target`, in the folders of their packages."""
     protos = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.proto"))
-    outputs = [f"--{kind}_out={target}" for kind in ("python", "mypy", "grpc_python", "mypy_grpc")]
+    outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
+    outputs += [f"--{kind}_out=quiet:{target}" for kind in ("mypy", "mypy_grpc")]
     plugin = Path(sys.executable).parent
     plugins = [f"--plugin={name}={plugin / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
     status = protoc.main(["protoc", f"-I{ROOT}", f"-I{WELL_KNOWN_TYPES}", *plugins, *outputs, *protos])
