@@ -659,6 +659,7 @@ class LiveRun:
                 uplink_payload_bytes=total_bytes,
                 uplink_raw_bytes=raw_bytes,
             )
+            failpoint("update-published")
             await self._write(self.record, None, [received])
             assert self._aggregate is not None
             self._folds.put_nowait((received, self._aggregate))
