@@ -168,7 +168,9 @@ def test_a_tile_is_read_into_the_memory_that_is_given(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "out", [torch.empty(3), torch.empty(4, dtype=torch.float64), torch.empty(2, 4), torch.empty(8)[::2]], ids=repr
+    "out",
+    [torch.zeros(3), torch.zeros(4, dtype=torch.float64), torch.zeros(2, 4), torch.zeros(8)[::2]],
+    ids=["short", "another dtype", "two dimensions", "strided"],
 )
 def test_memory_that_does_not_fit_is_refused(path: Path, out: Tensor) -> None:
     write(path, {"x": torch.arange(10.0)})
