@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -18,9 +18,9 @@ from fed_core.tensors import dtype_name
 from fedstream.v1 import common_pb2, runs_pb2, runs_pb2_grpc, transfer_pb2
 
 
-def model_payload(tensors: dict[str, Tensor]) -> tuple[bytes, bytes]:
-    """Digest and bytes of a version 0."""
-    specs = [
+def model_payload(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec] | None = None) -> tuple[bytes, bytes]:
+    """Digest and bytes of a version 0. Without specs a name that begins with "b" is a buffer's."""
+    specs = specs or [
         TensorSpec(name, tuple(t.shape), dtype_name(t.dtype), "buffer" if name.startswith("b") else "parameter")
         for name, t in tensors.items()
     ]
@@ -48,9 +48,13 @@ class Operator:
             raise from_rpc_error(error) from None
 
     def submit(
-        self, text: str, tensors: dict[str, Tensor] | None = None, request_id: str = ""
+        self,
+        text: str,
+        tensors: Mapping[str, Tensor] | None = None,
+        request_id: str = "",
+        specs: Sequence[TensorSpec] | None = None,
     ) -> runs_pb2.CreateRunResponse:
-        digest, data = model_payload({"w": torch.zeros(10)} if tensors is None else tensors)
+        digest, data = model_payload({"w": torch.zeros(10)} if tensors is None else tensors, specs)
 
         def requests() -> Iterator[runs_pb2.CreateRunRequest]:
             ref = common_pb2.PayloadRef(digest=digest, total_bytes=len(data), kind=common_pb2.PAYLOAD_KIND_MODEL)
