@@ -37,6 +37,9 @@ from fed_core.errors import (
 
 ERROR_DOMAIN = "fedstream"
 
+# The message travels twice, once encoded, in trailing metadata of which a peer takes 8 KiB: a longer one would lose the status too.
+MAX_MESSAGE = 2000
+
 # Where several classes share a code, the first is what a bare code is read as.
 STATUS_OF_ERROR: dict[type[FedstreamError], grpc.StatusCode] = {
     InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -80,6 +83,9 @@ def status_of(error: FedstreamError) -> grpc.StatusCode:
 
 def to_status(error: FedstreamError) -> grpc.Status:
     """What a server aborts a call with, for `context.abort_with_status`."""
+    message = str(error)
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE - 4]} ..."
     info = error_details_pb2.ErrorInfo(
         reason=error.reason, domain=ERROR_DOMAIN, metadata=error.details
     )
@@ -87,7 +93,7 @@ def to_status(error: FedstreamError) -> grpc.Status:
     packed.Pack(info)
     code: int = status_of(error).value[0]
     return rpc_status.to_status(
-        status_pb2.Status(code=code, message=str(error), details=[packed])
+        status_pb2.Status(code=code, message=message, details=[packed])
     )
 
 
