@@ -50,8 +50,8 @@ class TransferService:
         self._workers = workers
         self._files = files
         self._slots = asyncio.Semaphore(max_concurrent_transfers)
-        # The newest stream of an assignment: an older one is a connection that the client has given up.
-        self._streams: dict[str, asyncio.Task[Any]] = {}
+        # Streams by assignment, the newest last: an older one is a connection that the client has given up.
+        self._streams: dict[str, list[asyncio.Task[Any]]] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service with its bulk messages left as bytes: chunks are written and read without protobuf."""
@@ -217,24 +217,28 @@ class TransferService:
 
     @asynccontextmanager
     async def _alone(self, assignment_id: str) -> AsyncIterator[None]:
-        """Ends an older stream for the same assignment first."""
-        older = self._streams.get(assignment_id)
+        """Ends older streams for the same assignment first."""
         task = asyncio.current_task()
         assert task is not None
-        self._streams[assignment_id] = task
-        if older is not None:
-            older.cancel()
-            await asyncio.wait([older], timeout=STALL_SECONDS)
+        streams = self._streams.setdefault(assignment_id, [])
+        older = list(streams)
+        streams.append(task)
         try:
+            for stream in older:
+                if not stream.cancelling():
+                    stream.cancel()
+            if older:
+                await asyncio.wait(older, timeout=STALL_SECONDS)
             yield
         except asyncio.CancelledError:
-            if self._streams.get(assignment_id) is task:
+            if streams[-1] is task:
                 raise
-            # Not its client's doing: answered, or a client that still listens would wait for ever.
+            # Not its client's doing: unanswered, one that still listens would wait for ever.
             task.uncancel()
             raise UnavailableError("a newer stream for this assignment took over") from None
         finally:
-            if self._streams.get(assignment_id) is task:
+            streams.remove(task)
+            if not streams:
                 del self._streams[assignment_id]
 
 

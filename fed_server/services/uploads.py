@@ -41,12 +41,19 @@ class Upload:
         self._file = -1
         self._verifier: SegmentVerifier | None = None
         self._offset = 0
-        # A call that is cancelled leaves its thread in the middle of a write; the file may not be closed under it.
-        self._writing = threading.Lock()
+        # A call that is cancelled leaves its thread in the middle of its work; `close` waits for it, so that whoever comes next
+        # finds the files at rest.
+        self._working = threading.RLock()
+        self._is_closed = False
 
     def open(self, offset: int) -> None:
         """Checks what is there already, values included, and makes ready to go on at `offset`: the end of it, or 0 to begin anew.
         Another digest than the partial file's discards it. Raises OffsetError with the right offset."""
+        with self._working, self._files.disk_errors("storing an update"):
+            if not self._is_closed:
+                self._open(offset)
+
+    def _open(self, offset: int) -> None:
         if self._final.exists() and not self._part.exists():
             # Made durable by a process that died before it could say so: take it as what has arrived.
             os.replace(self._final, self._part)
@@ -90,7 +97,7 @@ class Upload:
             raise UpdateRefusedError(f"more bytes than the {self._total_bytes:,} that were announced")
         # Verified first: what is on disk up to the verified offset has always passed every check.
         self._verifier.feed(data)
-        with self._writing, self._files.disk_errors("storing an update"):
+        with self._working, self._files.disk_errors("storing an update"):
             written = 0
             while written < len(data) and self._file >= 0:
                 written += os.pwrite(self._file, data[written:], offset + written)
@@ -99,14 +106,17 @@ class Upload:
     def finish(self) -> Manifest:
         """Makes the whole update durable under its assignment; raises CorruptError where bytes are missing."""
         assert self._verifier is not None
-        manifest = self._verifier.finish()
-        self.close()
-        self._files.publish(self._part, self._final)
+        with self._working:
+            manifest = self._verifier.finish()
+            if not self._is_closed:
+                self.close()
+                self._files.publish(self._part, self._final)
         return manifest
 
     def close(self) -> None:
         """Leaves the partial file as it is; what verified will be the accepted offset."""
-        with self._writing:
+        with self._working:
+            self._is_closed = True
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
