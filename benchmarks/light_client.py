@@ -13,10 +13,11 @@ import grpc
 import torch
 from torch import Tensor
 
-from fed_core.errors import BusyError, NoLongerNeededError, UnavailableError
+from fed_core.errors import BusyError, CorruptError, NoLongerNeededError, PayloadError, UnavailableError
 from fed_core.grpc_options import client_options
-from fed_core.payload.frames import CHUNK_BYTES, pack_chunk, parse_frame
-from fed_core.payload.manifest import Manifest, UpdateInfo
+from fed_core.payload.frames import CHUNK_BYTES, pack_chunk, parse_frame, plan_chunks
+from fed_core.payload.limits import PREAMBLE_BYTES
+from fed_core.payload.manifest import Manifest, UpdateInfo, parse_manifest, parse_preamble
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.verify import SegmentVerifier
 from fed_core.payload.writer import write_payload
@@ -34,6 +35,15 @@ class Update:
 
     digest: bytes
     data: bytes
+
+    def chunks(self, offset: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of the chunks to send: segments, as the daemon cuts them; plain ones where the bytes are damaged."""
+        try:
+            preamble = parse_preamble(self.data[:PREAMBLE_BYTES])
+            manifest = parse_manifest(preamble, self.data[PREAMBLE_BYTES : PREAMBLE_BYTES + preamble.manifest_bytes])
+        except (CorruptError, PayloadError):
+            return iter([(start, CHUNK_BYTES) for start in range(offset, len(self.data), CHUNK_BYTES)])
+        return plan_chunks(manifest, offset)
 
 
 class MemoryFile:
@@ -189,8 +199,9 @@ class LightClient:
         def frames() -> Iterator[bytes]:
             yield transfer_pb2.UploadRequest(header=header).SerializeToString()
             view, end = memoryview(update.data), len(update.data) if until is None else until
-            for start in range(offset, end, CHUNK_BYTES):
-                yield pack_chunk(start, view[start : min(end, start + CHUNK_BYTES)])
+            for start, length in update.chunks(offset):
+                if start < end:
+                    yield pack_chunk(start, view[start : min(end, start + length)])
 
         while True:
             try:

@@ -22,7 +22,9 @@ from fed_core.errors import (
     UnavailableError,
 )
 from fed_core.failpoints import failpoint
-from fed_core.payload.frames import CHUNK_BYTES, pack_chunk, parse_frame
+from fed_core.payload.frames import pack_chunk, parse_frame, plan_chunks
+from fed_core.payload.limits import PREAMBLE_BYTES
+from fed_core.payload.manifest import parse_manifest, parse_preamble
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.workers import Workers
 from fed_server.services.convert import timestamp
@@ -101,13 +103,11 @@ class TransferService:
                     )
                 )
                 await context.write(transfer_pb2.DownloadResponse(header=header).SerializeToString())
-                offset = request.offset
-                while offset < model.payload_bytes:
-                    frame, size = await self._workers.disk(_read_frame, file, offset)
+                for offset, length in await self._workers.disk(_chunks_from, file, request.offset):
+                    frame = await self._workers.disk(_read_frame, file, offset, length)
                     async with asyncio.timeout(STALL_SECONDS):
                         await context.write(frame)
-                    offset += size
-                    run.count_traffic(assignment.assignment_id, downlink_wire_bytes=size)
+                    run.count_traffic(assignment.assignment_id, downlink_wire_bytes=length)
                     failpoint("mid-download")
             except TimeoutError:
                 raise UnavailableError(f"no byte was taken for {STALL_SECONDS:g} s; resume the download") from None
@@ -242,9 +242,15 @@ class TransferService:
                 del self._streams[assignment_id]
 
 
-def _read_frame(file: int, offset: int) -> tuple[bytes, int]:
-    data = os.pread(file, CHUNK_BYTES, offset)
-    return pack_chunk(offset, data), len(data)
+def _chunks_from(file: int, offset: int) -> list[tuple[int, int]]:
+    """Chunks that end with segments where they can, so that the receiver seldom joins two to check one."""
+    preamble = parse_preamble(os.pread(file, PREAMBLE_BYTES, 0))
+    manifest = parse_manifest(preamble, os.pread(file, preamble.manifest_bytes, PREAMBLE_BYTES))
+    return list(plan_chunks(manifest, offset))
+
+
+def _read_frame(file: int, offset: int, length: int) -> bytes:
+    return pack_chunk(offset, os.pread(file, length, offset))
 
 
 async def _read_header(requests: AsyncIterator[bytes]) -> transfer_pb2.UploadHeader:
