@@ -109,7 +109,8 @@ class Workload(ABC):
 
     @abstractmethod
     def train_data(self, site: Site) -> Data:
-        """The site's training data, on the CPU; read once, kept in memory as it is returned."""
+        """The site's training data, on the CPU. Read once in the life of the trainer process, under a fixed seed, and kept as it is
+        returned."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -77,11 +77,13 @@ class SiteJobs:
 
     @cached_property
     def _train_data(self) -> Data:
-        return self._workload.train_data(self._site)
+        with reproducible(0, torch.get_num_threads()):  # a random split must be the same after a restart
+            return self._workload.train_data(self._site)
 
     @cached_property
     def _evaluation_data(self) -> Data | None:
-        return self._workload.evaluation_data(self._site)
+        with reproducible(0, torch.get_num_threads()):
+            return self._workload.evaluation_data(self._site)
 
     def _describe(self, reads_data: bool, on_progress: OnProgress) -> Json:
         specs = model_specs(initial_model(self._workload, 0))

@@ -39,7 +39,8 @@ class EvaluationJobs:
     @cached_property
     def _data(self) -> Data:
         path = self._settings["data"]
-        data = self._workload.coordinator_data(Path(path) if path is not None else None)
+        with reproducible(0, self._settings["num_threads"]):
+            data = self._workload.coordinator_data(Path(path) if path is not None else None)
         if data is None:
             raise ConfigError(
                 f"workload {self._workload.name!r} has no coordinator_data; define it, or evaluate at the clients only"

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from fed_client.training.loop import train
 from fed_client.training.trainer import (
     EvaluateJob,
     Trainer,
@@ -25,11 +26,12 @@ from fed_client.training.trainer import (
     TrainResult,
     WorkloadError,
 )
+from fed_core.batches import reproducible
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import write_payload
 from fed_core.plan import OptimizerPlan, TrainingPlan
 from fed_core.specs import TensorSpec, fingerprint
-from fed_core.tensors import model_specs, model_tensors
+from fed_core.tensors import difference, load_tensors, model_specs, model_tensors
 from fed_core.workload import Site, initial_model, load_workload
 from fedstream.v1 import common_pb2
 
@@ -66,8 +68,7 @@ class Task(Workload):
         global NUM_READS
         NUM_READS += 1
         print("reading for", site.name, "from", site.data, "the", NUM_READS, "time")
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(24, 4, generator=generator), torch.randn(24, 4, generator=generator)
+        return torch.randn(24, 4), torch.randn(24, 4)
 
     def evaluation_data(self, site):
         return None if site.options.get("evaluates") == "no" else tuple(tensor[:10] for tensor in self.train_data(site))
@@ -245,16 +246,15 @@ def test_an_update_is_local_minus_received(trainer: Trainer, job: TrainJob) -> N
 
 
 def test_the_update_is_that_of_the_same_training_in_this_process(trainer: Trainer, job: TrainJob) -> None:
-    from fed_client.training.loop import train
-    from fed_core.tensors import difference, load_tensors
-
     trainer.train(job)
     workload = load_workload(str(Path(trainer.workload_source)))
     model = initial_model(workload, 0)
     with PayloadReader(job.model_path) as payload:
         received = payload.tensors()
     load_tensors(model, received)
-    train(workload, model, workload.train_data(Site()), job.plan, torch.device("cpu"))
+    with reproducible(0, 1):
+        data = workload.train_data(Site())
+    train(workload, model, data, job.plan, torch.device("cpu"))
     with PayloadReader(job.out_path) as update:
         for name, local in model_tensors(model).items():
             assert torch.equal(update.tensor(name), difference(local, received[name])), name
