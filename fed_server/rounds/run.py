@@ -15,7 +15,7 @@ from math import fsum, isfinite
 from pathlib import Path
 from typing import Protocol
 
-from fed_core.errors import FedstreamError, NoLongerNeededError
+from fed_core.errors import DiskFullError, FedstreamError, NoLongerNeededError
 from fed_core.failpoints import failpoint
 from fed_core.payload.manifest import UpdateInfo
 from fed_core.payload.reader import PayloadReader
@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 
 # Uptime is written down at least this often, so that a crash forgives a deadline at most so much.
 _SAVE_UPTIME_SECONDS = 5.0
+
+# How often a run that waits for disk space looks again.
+_DISK_FULL_SECONDS = 2.0
 
 
 class ModelEvaluator(Protocol):
@@ -222,11 +225,16 @@ class LiveRun:
             folding = tasks.create_task(self._fold_as_they_come())
             try:
                 while self.record.state is RunState.ACTIVE:
-                    seen = self.changed.count
-                    timeout = await self._step()
-                    if timeout > 0:
-                        await self.changed.wait(seen, timeout)
-                    await self._tick()
+                    try:
+                        seen = self.changed.count
+                        timeout = await self._step()
+                        if timeout > 0:
+                            await self.changed.wait(seen, timeout)
+                        await self._tick()
+                    except DiskFullError as error:
+                        # Nothing was half-done: the same step is tried again until there is space.
+                        self._say(str(error))
+                        await self.changed.wait(self.changed.count, _DISK_FULL_SECONDS)
             except FedstreamError as error:
                 await self._fail_run(str(error))
             except Exception as error:
@@ -401,7 +409,8 @@ class LiveRun:
     async def _close(self, decision: Decision) -> None:
         """Stops taking updates."""
         async with self._moving:
-            assert self.round is not None
+            if self.round is None:  # the run was cancelled meanwhile
+                return
             closed = replace(self.round, state=RoundState.AGGREGATING, reason=decision.reason)
             dropped = self._dropped(f"round {closed.round} closed: {decision.reason}")
             await self._write(self.record, closed, dropped)
@@ -409,7 +418,8 @@ class LiveRun:
 
     async def _fail_round(self, decision: Decision) -> None:
         async with self._moving:
-            assert self.round is not None
+            if self.round is None:  # the run was cancelled meanwhile
+                return
             failed = replace(self.round, state=RoundState.FAILED, reason=decision.reason)
             dropped = self._dropped(f"round {failed.round} failed: {decision.reason}")
             num_failed = self.record.num_failed_rounds + 1
@@ -465,7 +475,8 @@ class LiveRun:
 
         workers = self._facilities.workers
         try:
-            model = await workers.compute(make)
+            with files.disk_errors(f"making version {version}"):
+                model = await workers.compute(make)
             await self._tick()
             async with self._moving, self._surroundings.files_lock:
                 if self.record.state is not RunState.ACTIVE:
@@ -489,7 +500,6 @@ class LiveRun:
     async def _commit(self, model: ModelRecord) -> tuple[list[AssignmentRecord], RoundRecord]:
         """The transaction that makes the version; its files are durable."""
         assert self.round is not None
-        self._aggregate = None
         evaluators = self._new_evaluations(self.round, model.version)
         is_last_phase = not evaluators and not self._evaluates_here(model.version)
         committed = replace(
@@ -500,6 +510,7 @@ class LiveRun:
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
         await self._write(record, committed, evaluators, [model])
+        self._aggregate = None
         self.assignments |= {a.assignment_id: a for a in evaluators}
         self.models[model.version] = model
         failpoint("after-commit")
@@ -582,10 +593,9 @@ class LiveRun:
 
     async def _retire_versions(self) -> None:
         """Deletes the files of versions beyond the last `keep.versions` and the best one."""
-        keep = set(sorted(self.models)[-self.config.keep.versions :]) | {
-            self.record.best_version,
-            self.record.model_version,
-        }
+        keep = {*sorted(self.models)[-self.config.keep.versions :], self.record.model_version}
+        if self.record.best_metric is not None:
+            keep.add(self.record.best_version)
         retired = [
             replace(model, is_available=False)
             for model in self.models.values()
