@@ -12,6 +12,7 @@ from pathlib import Path
 from fed_core.errors import (
     ConflictError,
     FedstreamError,
+    NoLongerNeededError,
     NotFoundError,
     UnavailableError,
     WrongPhaseError,
@@ -164,7 +165,8 @@ class Coordinator:
         the wait. Raises UnavailableError while draining."""
         await self._note_presence(client_id, labels, workloads, software_version, clock_skew_seconds)
         for assignment_id, phase in held.items():
-            if self._facilities.membership.progress(assignment_id) is None:
+            is_mine = assignment_id in self._open.get(client_id, {})
+            if is_mine and self._facilities.membership.progress(assignment_id) is None:
                 self._facilities.membership.report(assignment_id, self._facilities.clock.monotonic(), phase, 0, 0)
         signal = self._signals.setdefault(client_id, Signal())
         end = self._facilities.clock.monotonic() + wait_seconds
@@ -178,7 +180,9 @@ class Coordinator:
                 break
             await signal.wait(seen, left)
         gone = [assignment_id for assignment_id in held if assignment_id not in desired]
-        dropped = await self._facilities.workers.store(lambda tx: [_why_dropped(tx, a) for a in gone]) if gone else []
+        dropped = []
+        if gone:
+            dropped = await self._facilities.workers.store(lambda tx: [_why_dropped(tx, client_id, a) for a in gone])
         idle = "" if desired else self._idle_reason(client_id)
         return Desired(tuple(desired.values()), tuple(zip(gone, dropped, strict=True)), idle)
 
@@ -238,6 +242,10 @@ class Coordinator:
     ) -> str:
         """Notes progress and renews the lease. Returns why the work should stop, or an empty string."""
         now, membership = self._facilities.clock.monotonic(), self._facilities.membership
+        if membership.presence(client_id) is None:
+            # At work since before the coordinator's start: it offers what it did then, until it polls again.
+            known = self._clients[client_id]
+            membership.announce(client_id, now, known.labels, known.workloads)
         membership.renew(client_id, now)
         try:
             assignment = self.assignment(client_id, assignment_id)
@@ -260,9 +268,16 @@ class Coordinator:
 
     async def report_evaluation(self, client_id: str, assignment_id: str, num_examples: int, metrics: Metrics) -> None:
         """Records an evaluation; a repeat changes nothing."""
-        assignment = self.assignment(client_id, assignment_id)
+        try:
+            assignment = self.assignment(client_id, assignment_id)
+        except NotFoundError:
+            assignment = await self._check_owner(client_id, assignment_id)
         if assignment.kind is not AssignmentKind.EVALUATE:
             raise WrongPhaseError("this assignment asks for an update, not for an evaluation; upload one")
+        if assignment.state is AssignmentState.RECEIVED:
+            return
+        if assignment.state is not AssignmentState.OPEN:
+            raise NoLongerNeededError(assignment.reason)
         await self.run_of(assignment).receive_evaluation(assignment_id, num_examples, metrics)
 
     async def finished_assignment(self, client_id: str, assignment_id: str) -> AssignmentRecord:
@@ -338,8 +353,7 @@ class Coordinator:
             )
             return record, model
 
-        try:
-            record, model = await workers.compute(make)
+        async def publish(record: RunRecord, model: ModelRecord) -> LiveRun:
             async with self.files_lock:
                 await workers.disk(files.publish, model_part, path)
                 await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
@@ -349,10 +363,16 @@ class Coordinator:
                     tx.put(model)
 
                 await workers.store(write)
+            return await self._adopt(record, config)
+
+        try:
+            with files.disk_errors(f"making run {config.name!r}"):
+                record, model = await workers.compute(make)
+            # Whoever submitted may hang up now: a run that the store has needs its driver all the same.
+            run = await asyncio.shield(asyncio.create_task(publish(record, model)))
         finally:
             model_part.unlink(missing_ok=True)
             payload_part.unlink(missing_ok=True)
-        run = await self._adopt(record, config)
         notices = [
             f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
         ]
@@ -548,9 +568,9 @@ def _mismatch(config: RunConfig, presence: Presence) -> str | None:
     return None
 
 
-def _why_dropped(tx: Transaction, assignment_id: str) -> str:
+def _why_dropped(tx: Transaction, client_id: str, assignment_id: str) -> str:
     assignment = tx.assignment(assignment_id)
-    if assignment is None:
+    if assignment is None or assignment.client_id != client_id:
         return "the coordinator does not know this assignment"
     if assignment.state is AssignmentState.RECEIVED:
         return "received"

@@ -46,15 +46,12 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
         secret, now = new_secret(), self._clock.now()
 
         def enroll(tx: Transaction) -> ClientRecord:
-            known = tx.client_by_enroll_request(request.request_id)
-            if known is not None and not known.has_authenticated:
-                client_id = known.client_id
-            elif known is not None or tx.client_by_name(request.name) is not None:
+            known, holder = tx.client_by_enroll_request(request.request_id), tx.client_by_name(request.name)
+            if (known is not None and known.has_authenticated) or (holder is not None and holder != known):
                 raise ConflictError(
                     f"a site named {request.name!r} is enrolled already; choose another --name, or use that site's state directory"
                 )
-            else:
-                client_id = hash_secret(secret)[:16]
+            client_id = known.client_id if known is not None else hash_secret(secret)[:16]
             client = ClientRecord(
                 client_id=client_id,
                 name=request.name,
@@ -149,6 +146,8 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
         self, request: participation_pb2.ReportFailureRequest, context: Any
     ) -> participation_pb2.ReportFailureResponse:
         """See the proto."""
+        if request.kind == participation_pb2.FAILURE_KIND_UNSPECIFIED:
+            raise InvalidError("kind: expected what went wrong, one of FailureKind")
         kind = "FAILURE"
         if request.kind in participation_pb2.FailureKind.values():
             kind = participation_pb2.FailureKind.Name(request.kind).removeprefix("FAILURE_KIND_")
