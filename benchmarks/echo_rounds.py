@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def measure_fedstream(size: str, num_clients: int, rounds: int, folder: str) -> 
         wire = (loopback_bytes() - wire_before) / rounds
         report = operator.report("echo")
         times = [m.created_time.ToNanoseconds() / 1e9 for m in report.models]
-        seconds = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+        seconds = [b - a for a, b in pairwise(times[1:])]
         row = Row(size, num_clients, "fedstream raw", statistics.median(seconds), server.peak_rss_mib())
         row.cpu_seconds_per_round = (server.cpu_seconds() - cpu_before) / rounds
         row.wire_mib_per_round = wire / 2**20

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -38,9 +39,13 @@ class Floor:
         self._exact = ExactSum(num_parameters if kind == "b" else 0, -40)
         self._pool = ThreadPoolExecutor(8)
         self._arrived = 0
-        self._round_over = asyncio.Event()
+        self.round_over = asyncio.Event()
         self._began = 0.0
         self.seconds: list[float] = []
+
+    def begin(self) -> None:
+        """Starts the clock of the first round."""
+        self._began = time.perf_counter()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Down and up."""
@@ -68,11 +73,11 @@ class Floor:
         else:
             await self._durable(frames)
         self._arrived += 1
-        over = self._round_over
+        over = self.round_over
         if self._arrived == self._num_clients:
             now = time.perf_counter()
             self.seconds.append(now - self._began)
-            self._began, self._arrived, self._round_over = now, 0, asyncio.Event()
+            self._began, self._arrived, self.round_over = now, 0, asyncio.Event()
             over.set()
         else:
             await over.wait()
@@ -100,15 +105,16 @@ class Floor:
 async def serve(arguments: argparse.Namespace) -> None:
     """Prints the address, then one line per round."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "The given buffer is not writable")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         floor = Floor(arguments.parameters, arguments.clients, arguments.kind, folder)
         server = grpc.aio.server(options=server_options())
         server.add_generic_rpc_handlers((floor.handler(),))
         print(server.add_insecure_port("127.0.0.1:0"), flush=True)
         await server.start()
-        floor._began = time.perf_counter()
+        floor.begin()
         while len(floor.seconds) < arguments.rounds:
-            await asyncio.sleep(0.05)
+            await floor.round_over.wait()
         print(" ".join(f"{s:.6f}" for s in floor.seconds), flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         await server.stop(0.1)

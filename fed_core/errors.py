@@ -35,9 +35,7 @@ class FedstreamError(Exception):
 
     def __init__(self, message: str, **details: object) -> None:
         super().__init__(message)
-        self.details: dict[str, str] = {
-            key: str(value) for key, value in details.items()
-        }
+        self.details: dict[str, str] = {key: str(value) for key, value in details.items()}
 
 
 class InvalidError(FedstreamError):
@@ -125,9 +123,7 @@ class BusyError(FedstreamError):
 
     reason = "BUSY"
 
-    def __init__(
-        self, message: str, *, retry_after_seconds: float = 1.0, **details: object
-    ) -> None:
+    def __init__(self, message: str, *, retry_after_seconds: float = 1.0, **details: object) -> None:
         super().__init__(message, retry_after_seconds=retry_after_seconds, **details)
 
     @property

@@ -61,9 +61,7 @@ STATUS_OF_ERROR: dict[type[FedstreamError], grpc.StatusCode] = {
     InternalError: grpc.StatusCode.INTERNAL,
 }
 
-_ERROR_OF_REASON: dict[str, type[FedstreamError]] = {
-    error.reason: error for error in STATUS_OF_ERROR
-}
+_ERROR_OF_REASON: dict[str, type[FedstreamError]] = {error.reason: error for error in STATUS_OF_ERROR}
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[FedstreamError]] = {
     code: error for error, code in reversed(STATUS_OF_ERROR.items())
 } | {
@@ -86,15 +84,11 @@ def to_status(error: FedstreamError) -> grpc.Status:
     message = str(error)
     if len(message) > MAX_MESSAGE:
         message = f"{message[: MAX_MESSAGE - 4]} ..."
-    info = error_details_pb2.ErrorInfo(
-        reason=error.reason, domain=ERROR_DOMAIN, metadata=error.details
-    )
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.details)
     packed = any_pb2.Any()
     packed.Pack(info)
     code: int = status_of(error).value[0]
-    return rpc_status.to_status(
-        status_pb2.Status(code=code, message=message, details=[packed])
-    )
+    return rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[packed]))
 
 
 def from_rpc_error(error: grpc.RpcError) -> FedstreamError:
@@ -108,20 +102,12 @@ def from_rpc_error(error: grpc.RpcError) -> FedstreamError:
     details: Iterable[any_pb2.Any] = status.details if status is not None else ()
     for packed in details:
         info = error_details_pb2.ErrorInfo()
-        if (
-            packed.Unpack(info)
-            and info.domain == ERROR_DOMAIN
-            and info.reason in _ERROR_OF_REASON
-        ):
+        if packed.Unpack(info) and info.domain == ERROR_DOMAIN and info.reason in _ERROR_OF_REASON:
             return _rebuild(_ERROR_OF_REASON[info.reason], message, dict(info.metadata))
-    return _rebuild(
-        _ERROR_OF_STATUS.get(code, InternalError), message, {"status": code.name}
-    )
+    return _rebuild(_ERROR_OF_STATUS.get(code, InternalError), message, {"status": code.name})
 
 
-def _rebuild(
-    cls: type[FedstreamError], message: str, details: dict[str, str]
-) -> FedstreamError:
+def _rebuild(cls: type[FedstreamError], message: str, details: dict[str, str]) -> FedstreamError:
     rebuilt = cls(message)
     # A peer's details are only read through typed properties; one that lacks a number keeps our default.
     rebuilt.details.update(details)

@@ -10,8 +10,10 @@ _M_ARENA_MAX = -8
 
 
 def limit_arenas(count: int = 2) -> None:
-    """Lets the C library keep at most `count` heaps. glibc makes up to eight per core, one a thread; each keeps the megabytes of the
-    transfers that once passed through it, which took 100 MiB at 8 transfers (benchmarks/echo_rounds.py). Elsewhere: nothing."""
+    """Lets the C library keep at most `count` heaps; does nothing where that is not glibc.
+
+    glibc makes up to eight per core, one a thread, and each keeps the megabytes of the transfers that once passed through it: 100
+    MiB at 8 transfers (benchmarks/echo_rounds.py)."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, count)

@@ -324,7 +324,7 @@ def _host(address: str) -> str:
     ):
         raise SettingError(
             f"--server: expected unix:PATH or HOST:PORT, got {address!r}",
-            cure="write for instance fed.example.org:7443",
+            cure="write for instance fed.example.org:8443",
         )
     return host.strip("[]")
 

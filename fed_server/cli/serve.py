@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 
 from rich.console import Console
@@ -40,6 +41,9 @@ async def _serve(settings: ServerSettings) -> None:
 
 def _greet(app: App) -> None:
     """What one needs next, on stdout: the address, the join token, the first commands."""
+    # Nobody can dial a wildcard address.
+    host, _, port = app.address.rpartition(":")
+    reachable = f"{socket.getfqdn()}:{port}" if host in ("0.0.0.0", "[::]", "") else app.address
     console = Console(highlight=False, soft_wrap=True)
     security = "TLS" if app.settings.tls_cert else "no TLS" + ("" if app.settings.is_loopback else " (--insecure)")
     console.print(f"fed-server is serving on {app.address} ({security})", markup=False)
@@ -48,6 +52,6 @@ def _greet(app: App) -> None:
         f"  operators  fedctl --data-dir {app.settings.data_dir} run submit RUN.toml --workload FILE.py", markup=False
     )
     console.print(
-        f"  sites      fed-client run --server {app.address} --workload FILE.py --join-token {app.tokens.join}",
+        f"  sites      fed-client run --server {reachable} --workload FILE.py --join-token {app.tokens.join}",
         markup=False,
     )
