@@ -119,7 +119,7 @@ class Worker:
             codec=assignment.codec,
             out_path=self._spool.path(assignment.assignment_id),
         )
-        self._table.move(held, common_pb2.WORK_PHASE_TRAINING)
+        self._begin(held, common_pb2.WORK_PHASE_TRAINING)
         with held.stop.interrupting(trainer.cancel):
             result = trainer.train(job, self._watch(held, trainer, common_pb2.WORK_PHASE_TRAINING))
         held.stop.check()
@@ -147,7 +147,7 @@ class Worker:
             seed=assignment.plan.seed,
             num_threads=assignment.plan.num_threads,
         )
-        self._table.move(held, common_pb2.WORK_PHASE_EVALUATING)
+        self._begin(held, common_pb2.WORK_PHASE_EVALUATING)
         with held.stop.interrupting(trainer.cancel):
             result = trainer.evaluate(job, self._watch(held, trainer, common_pb2.WORK_PHASE_EVALUATING))
         held.stop.check()
@@ -157,6 +157,11 @@ class Worker:
             **{name: round(value, 5) for name, value in result.metrics.items()},
         )
         self._outbox.put(held, evaluation(held, result.num_examples, result.metrics))
+
+    def _begin(self, held: Held, phase: common_pb2.WorkPhase.ValueType) -> None:
+        """Said at once: what hangs in its first step must not look like what came before."""
+        self._table.move(held, phase)
+        self._progress.update(held.assignment_id, phase)
 
     def _watch(
         self, held: Held, trainer: Trainer, phase: common_pb2.WorkPhase.ValueType
