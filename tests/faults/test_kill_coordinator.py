@@ -1,0 +1,53 @@
+"""kill -9 of the coordinator at every named point: the run goes on and comes to the same bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedstream.v1 import runs_pb2
+from tests.faults.processes import TRAIN, Federation, digests
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
+
+# In the order in which a round comes to them. With a number: that many times later, in the middle of a transfer or a fold.
+POINTS = (
+    "mid-download:4",
+    "mid-upload:5",
+    "update-published",
+    "update-durable",
+    "mid-fold:3",
+    "before-commit",
+    "after-commit",
+    "mid-upload:14",
+)
+
+
+def test_killed_at_every_point_the_run_comes_to_the_same_bits(
+    federation: Federation, undisturbed: runs_pb2.GetReportResponse
+) -> None:
+    coordinator = federation.coordinator
+    coordinator.stop()
+    coordinator.start(fail_at=POINTS[0])
+    federation.submit("killed", rounds=3, evaluation="clients")
+    coordinator.wait_killed()
+    for point in POINTS[1:]:
+        coordinator.start(fail_at=point)
+        coordinator.wait_killed()
+    coordinator.start()
+    report = federation.finished("killed")
+
+    assert digests(report) == digests(undisturbed)
+    assert [model.num_updates for model in report.models] == [0, 3, 3, 3]
+    assert [round.state for round in report.rounds] == [runs_pb2.ROUND_STATE_COMMITTED] * 3
+    for round, expected in zip(report.rounds, undisturbed.rounds, strict=True):
+        assert training_metrics(round) == training_metrics(expected)
+        trained = [c for c in round.clients if c.assignment_kind == TRAIN]
+        assert sorted(c.client_name for c in trained) == [site.name for site in federation.sites]
+    for site in federation.sites:
+        assert [e["round"] for e in site.events("trained", run=report.run.run_id)] == [1, 2, 3], "trained once a round"
+        assert site.spooled() == []
+
+
+def training_metrics(round: runs_pb2.Round) -> dict[str, float]:
+    """Without those of the evaluation, which takes whom it can get after a crash."""
+    return {metric.name: metric.value for metric in round.metrics if metric.name.startswith("train.")}
