@@ -23,7 +23,7 @@ from fed_core.grpc_options import server_options
 from fed_server.clock import Clock, SystemClock
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.membership import Membership
-from fed_server.rounds.run import Facilities
+from fed_server.rounds.surroundings import Facilities
 from fed_server.rounds.workers import Workers
 from fed_server.services.identity import Authenticator, hash_secret, new_secret
 from fed_server.services.interceptor import Gate

@@ -24,8 +24,10 @@ from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.config import RunConfig, parse_run_config
 from fed_server.rounds.cohort import Candidates, Selection, select
 from fed_server.rounds.membership import Presence
-from fed_server.rounds.run import Facilities, LiveRun, run_grid_policy
+from fed_server.rounds.policy import run_grid_policy
+from fed_server.rounds.run import LiveRun
 from fed_server.rounds.signal import Signal
+from fed_server.rounds.surroundings import Facilities
 from fed_server.rounds.version import payload_tile, write_version
 from fed_server.store.base import (
     AssignmentKind,

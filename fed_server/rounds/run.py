@@ -9,36 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from math import fsum, isfinite
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import replace
 
 from fed_core.errors import DiskFullError, FedstreamError, NoLongerNeededError
 from fed_core.failpoints import failpoint
 from fed_core.payload.manifest import UpdateInfo
-from fed_core.payload.reader import PayloadReader
-from fed_core.payload.verify import verify_file
 from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec
 from fed_server.aggregation.base import Aggregator
-from fed_server.aggregation.grid import GridPolicy, bounds_of, grid_policy, make_grid
+from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.registry import AGGREGATORS
 from fed_server.aggregation.validate import Expected
-from fed_server.clock import Clock
 from fed_server.config import RunConfig
 from fed_server.optim.sgd import Sgd
-from fed_server.rounds.cohort import Selection, client_seed, num_selected
+from fed_server.rounds.cohort import client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
-from fed_server.rounds.membership import Membership
-from fed_server.rounds.plan import training_plan
+from fed_server.rounds.folding import Folding
+from fed_server.rounds.metrics import mean_metrics
+from fed_server.rounds.policy import run_grid_policy, stop_rules, training_plan
 from fed_server.rounds.signal import Signal
-from fed_server.rounds.stop import Best, StopRules, stop_reason, update_best
+from fed_server.rounds.stop import Best, stop_reason, update_best
+from fed_server.rounds.surroundings import Facilities, Surroundings
 from fed_server.rounds.version import largest_values, next_tile, write_version
-from fed_server.rounds.workers import Workers
 from fed_server.store.base import (
     AssignmentKind,
     AssignmentRecord,
@@ -51,7 +46,6 @@ from fed_server.store.base import (
     RunState,
     Transaction,
 )
-from fed_server.store.blobs import DataDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -60,53 +54,6 @@ _SAVE_UPTIME_SECONDS = 5.0
 
 # How often a run that waits for disk space looks again.
 _DISK_FULL_SECONDS = 2.0
-
-
-class ModelEvaluator(Protocol):
-    """Evaluates a model on data that the coordinator has."""
-
-    def evaluate(self, model_path: Path, batch_size: int) -> tuple[int, Metrics]:
-        """Number of examples and mean metrics of a model payload; blocks."""
-        ...
-
-
-@dataclass(frozen=True)
-class Facilities:
-    """What a run works with."""
-
-    workers: Workers
-    files: DataDirectory
-    clock: Clock
-    membership: Membership
-    evaluators: Mapping[str, ModelEvaluator]
-    new_id: Callable[[], str]
-
-
-class Surroundings(Protocol):
-    """What a run asks of the coordinator that it lives in. `files_lock` is held from the publication of a file until the
-    transaction that refers to it."""
-
-    files_lock: asyncio.Lock
-
-    def select(self, run: LiveRun) -> Selection:
-        """The cohort of the run's next round, in turn with the other runs."""
-        ...
-
-    def client_ids(self, names: Iterable[str]) -> dict[str, str]:
-        """Ids of clients by name."""
-        ...
-
-    def name_of(self, client_id: str) -> str:
-        """Name of a client."""
-        ...
-
-    def assignments_changed(self, assignments: Iterable[AssignmentRecord]) -> None:
-        """Tells the pollers."""
-        ...
-
-    def garbage_left(self) -> None:
-        """Says that there are files that nobody needs any longer; they are deleted in the background."""
-        ...
 
 
 class LiveRun:
@@ -132,9 +79,7 @@ class LiveRun:
         self._last_tick = facilities.clock.monotonic()
         self._unsaved_seconds = 0.0
         self._waited_seconds = 0.0
-        self._folds: asyncio.Queue[tuple[AssignmentRecord, Aggregator]] = asyncio.Queue()
-        self._aggregate: Aggregator | None = None
-        self._lost: list[str] = []
+        self._folding = Folding(facilities.workers, facilities.files, surroundings.name_of)
 
     # What others read
 
@@ -210,19 +155,26 @@ class LiveRun:
 
         self.specs = await self._facilities.workers.disk(read_specs)
         if self.round is not None and self.round.state in (RoundState.TRAINING, RoundState.AGGREGATING):
-            received = [a for a in self.assignments.values() if a.state is AssignmentState.RECEIVED]
-            for assignment in received:
-                await self._verify_stored(assignment)
-            aggregate = self._begin_aggregate()
-            for assignment in self.assignments.values():
-                if assignment.state is AssignmentState.RECEIVED:
-                    self._folds.put_nowait((assignment, aggregate))
+            self._folding.begin(self._new_aggregate())
+            for assignment in self._received(AssignmentKind.TRAIN):
+                if damage := await self._folding.damage(assignment):
+                    await self._set_aside(assignment, damage)
+                else:
+                    self._folding.put(assignment)
+
+    async def _set_aside(self, assignment: AssignmentRecord, reason: str) -> None:
+        """An acknowledged update that the disk lost: it no longer counts, by name."""
+        name = self._surroundings.name_of(assignment.client_id)
+        logger.error("stored update lost", extra={"run": self.record.name, "client": name, "reason": reason})
+        failed = replace(assignment, state=AssignmentState.FAILED, reason=reason)
+        await self._facilities.workers.store(lambda tx: tx.put(failed))
+        self.assignments[assignment.assignment_id] = failed
 
     async def drive(self) -> None:
         """Goes on until the run is over. A fault of the coordinator itself fails the run and says so; it never takes the service
         with it."""
         async with asyncio.TaskGroup() as tasks:
-            folding = tasks.create_task(self._fold_as_they_come())
+            folding = tasks.create_task(self._folding.run())
             try:
                 while self.record.state is RunState.ACTIVE:
                     try:
@@ -378,7 +330,7 @@ class LiveRun:
                 return 0
             self.assignments = {a.assignment_id: a for a in assignments}
             self._waited_seconds = 0.0
-            self._begin_aggregate()
+            self._folding.begin(self._new_aggregate())
         logger.info(
             "round opened",
             extra={
@@ -435,10 +387,11 @@ class LiveRun:
 
     async def _aggregate_and_commit(self) -> None:
         assert self.round is not None
-        await self._folds.join()
-        aggregate, files, round = self._aggregate, self._facilities.files, self.round
+        aggregate, files, round = await self._folding.finished(), self._facilities.files, self.round
         if aggregate is None or not aggregate.can_report():
-            await self._fail_round(Decision(Verdict.FAIL, f"no update could be folded: {'; '.join(self._lost)}"))
+            await self._fail_round(
+                Decision(Verdict.FAIL, f"no update could be folded: {'; '.join(self._folding.lost)}")
+            )
             return
         base, version = self.models[round.base_version], self.record.model_version + 1
         model_path = files.model_path(self.run_id, version)
@@ -510,7 +463,7 @@ class LiveRun:
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
         await self._write(record, committed, evaluators, [model])
-        self._aggregate = None
+        self._folding.end()
         self.assignments |= {a.assignment_id: a for a in evaluators}
         self.models[model.version] = model
         failpoint("after-commit")
@@ -671,8 +624,7 @@ class LiveRun:
             )
             failpoint("update-published")
             await self._write(self.record, None, [received])
-            assert self._aggregate is not None
-            self._folds.put_nowait((received, self._aggregate))
+            self._folding.put(received)
         self._surroundings.assignments_changed([received])
         return received
 
@@ -765,51 +717,14 @@ class LiveRun:
     def _end_round(self) -> None:
         for assignment_id in self.assignments:
             self._facilities.membership.forget(assignment_id)
-        self.round, self.assignments, self._aggregate, self._lost = None, {}, None, []
+        self._folding.end()
+        self.round, self.assignments = None, {}
 
-    # Folding
-
-    def _begin_aggregate(self) -> Aggregator:
+    def _new_aggregate(self) -> Aggregator:
         assert self.round is not None
         aggregation = self.config.aggregation
         rules = merge_rules(self.specs, [(m.pattern, m.rule) for m in aggregation.merge])
-        self._lost = []
-        self._aggregate = AGGREGATORS[aggregation.kind](self.specs, self.round.grid, rules)
-        return self._aggregate
-
-    async def _fold_as_they_come(self) -> None:
-        """Folds durable updates one after the other while others still upload."""
-        while True:
-            assignment, aggregate = await self._folds.get()
-            try:
-                if aggregate is self._aggregate:  # else its round is over
-                    await self._facilities.workers.compute(self._fold, assignment, aggregate)
-            except (FedstreamError, OSError) as error:
-                # Verified when it came, unreadable now: the disk lost it. The round goes on and says so.
-                name = self._surroundings.name_of(assignment.client_id)
-                self._lost.append(f"the stored update of {name} cannot be read: {error}")
-                logger.error(
-                    "stored update lost", extra={"run": self.record.name, "client": name, "reason": str(error)}
-                )
-            finally:
-                self._folds.task_done()
-                del aggregate  # model-sized: the next round's is made before this loop comes round again
-
-    def _fold(self, assignment: AssignmentRecord, aggregate: Aggregator) -> None:
-        with PayloadReader(self._facilities.files.update_path(assignment.assignment_id)) as reader:
-            aggregate.add(reader, assignment.weight)
-
-    async def _verify_stored(self, assignment: AssignmentRecord) -> None:
-        """After a start: an acknowledged update whose file no longer verifies is set aside by name."""
-        path = self._facilities.files.update_path(assignment.assignment_id)
-        try:
-            await self._facilities.workers.disk(verify_file, path, bytes.fromhex(assignment.digest))
-        except (FedstreamError, OSError) as error:
-            reason = f"the coordinator's copy of this update is damaged: {error}"
-            logger.error("stored update lost", extra={"run": self.record.name, "assignment": assignment.assignment_id})
-            failed = replace(assignment, state=AssignmentState.FAILED, reason=reason)
-            await self._facilities.workers.store(lambda tx: tx.put(failed))
-            self.assignments[assignment.assignment_id] = failed
+        return AGGREGATORS[aggregation.kind](self.specs, self.round.grid, rules)
 
     # Metrics
 
@@ -823,37 +738,6 @@ class LiveRun:
     def _received(self, kind: AssignmentKind) -> list[AssignmentRecord]:
         received = [a for a in self.assignments.values() if a.kind is kind and a.state is AssignmentState.RECEIVED]
         return sorted(received, key=lambda a: self._surroundings.name_of(a.client_id))
-
-
-def mean_metrics(received: Iterable[AssignmentRecord]) -> Metrics:
-    """Means weighted by examples, each over those who measured it; values that are not finite are left out."""
-    values: dict[str, list[tuple[float, int]]] = {}
-    for assignment in received:
-        for name, value in assignment.metrics.items():
-            if isfinite(value) and assignment.num_examples > 0:
-                values.setdefault(name, []).append((value, assignment.num_examples))
-    return {
-        name: fsum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
-        for name, pairs in sorted(values.items())
-    }
-
-
-def run_grid_policy(config: RunConfig) -> GridPolicy:
-    """The grid policy of a run. Raises ConfigError where it would be too coarse."""
-    limit = num_selected(config.cohort.size, config.cohort.over_selection)
-    return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
-
-
-def stop_rules(config: RunConfig) -> StopRules:
-    """The stop rules of a run."""
-    return StopRules(
-        max_rounds=config.schedule.max_rounds,
-        metric=config.evaluation.metric,
-        direction=config.evaluation.direction,
-        target=config.stop.target,
-        patience=config.stop.patience,
-        max_seconds=config.stop.max_seconds,
-    )
 
 
 def _doing(phase: str, done: int, total: int) -> str:

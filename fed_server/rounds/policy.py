@@ -1,9 +1,12 @@
-"""From the run's config to what one client is told in one round."""
+"""What a run's config says, in the terms of the pure functions that decide."""
 
 from __future__ import annotations
 
 from fed_core.plan import OptimizerPlan, TrainingPlan
+from fed_server.aggregation.grid import GridPolicy, grid_policy
 from fed_server.config import EpochsConfig, RunConfig
+from fed_server.rounds.cohort import num_selected
+from fed_server.rounds.stop import StopRules
 from fed_server.store.base import AssignmentKind, AssignmentRecord
 
 
@@ -27,4 +30,22 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord) -> TrainingPl
         time_budget_seconds=config.schedule.time_budget_seconds,
         overridable=training.overridable,
         num_threads=training.num_threads,
+    )
+
+
+def run_grid_policy(config: RunConfig) -> GridPolicy:
+    """The grid policy of a run. Raises ConfigError where it would be too coarse."""
+    limit = num_selected(config.cohort.size, config.cohort.over_selection)
+    return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
+
+
+def stop_rules(config: RunConfig) -> StopRules:
+    """The stop rules of a run."""
+    return StopRules(
+        max_rounds=config.schedule.max_rounds,
+        metric=config.evaluation.metric,
+        direction=config.evaluation.direction,
+        target=config.stop.target,
+        patience=config.stop.patience,
+        max_seconds=config.stop.max_seconds,
     )

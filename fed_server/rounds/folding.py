@@ -1,0 +1,77 @@
+"""Folding durable updates into the open round's aggregate, one after the other, while others still upload."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from fed_core.errors import FedstreamError
+from fed_core.payload.reader import PayloadReader
+from fed_core.payload.verify import verify_file
+from fed_server.aggregation.base import Aggregator
+from fed_server.rounds.workers import Workers
+from fed_server.store.base import AssignmentRecord
+from fed_server.store.blobs import DataDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class Folding:
+    """The aggregate of one run's open round and the queue before it. The aggregate is model-sized and the only thing here that
+    is; it is made anew from the stored updates after a crash, to the same bits."""
+
+    def __init__(self, workers: Workers, files: DataDirectory, name_of: Callable[[str], str]) -> None:
+        self._workers = workers
+        self._files = files
+        self._name_of = name_of
+        self._queue: asyncio.Queue[AssignmentRecord] = asyncio.Queue()
+        self._aggregate: Aggregator | None = None
+        self.lost: list[str] = []
+        """Sentences about updates that were stored and cannot be read any more."""
+
+    def begin(self, aggregate: Aggregator) -> None:
+        """Opens a round."""
+        self._aggregate, self.lost = aggregate, []
+
+    def end(self) -> None:
+        """Closes the round; what still waits in the queue is passed over."""
+        self._aggregate = None
+
+    def put(self, update: AssignmentRecord) -> None:
+        """Queues a durable update."""
+        self._queue.put_nowait(update)
+
+    async def finished(self) -> Aggregator | None:
+        """The aggregate of everything that was put; None where no update could be folded."""
+        await self._queue.join()
+        return self._aggregate if self._aggregate is not None and self._aggregate.can_report() else None
+
+    async def run(self) -> None:
+        """Folds until cancelled."""
+        while True:
+            update = await self._queue.get()
+            try:
+                if self._aggregate is not None:
+                    await self._workers.compute(self._fold, update, self._aggregate)
+            except (FedstreamError, OSError) as error:
+                # Verified when it came, unreadable now: the disk lost it. The round goes on and says so.
+                name = self._name_of(update.client_id)
+                self.lost.append(f"the stored update of {name} cannot be read: {error}")
+                logger.error("stored update lost", extra={"client": name, "reason": str(error)})
+            finally:
+                self._queue.task_done()
+
+    def _fold(self, update: AssignmentRecord, aggregate: Aggregator) -> None:
+        with PayloadReader(self._files.update_path(update.assignment_id)) as reader:
+            aggregate.add(reader, update.weight)
+
+    async def damage(self, update: AssignmentRecord) -> str:
+        """What is wrong with a stored update, empty where it verifies. For updates of before a start: the disk may have lost what
+        it had promised."""
+        path = self._files.update_path(update.assignment_id)
+        try:
+            await self._workers.disk(verify_file, path, bytes.fromhex(update.digest))
+        except (FedstreamError, OSError) as error:
+            return f"the coordinator's copy of this update is damaged: {error}"
+        return ""
