@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +36,7 @@ class Update:
     """An encoded update in memory."""
 
     digest: bytes
-    data: bytes
+    data: bytes | mmap.mmap
 
     def chunks(self, offset: int) -> Iterator[tuple[int, int]]:
         """(offset, length) of the chunks to send: segments, as the daemon cuts them; plain ones where the bytes are damaged."""
@@ -47,11 +49,15 @@ class Update:
 
 
 class MemoryFile:
-    """A file that lives in memory only, with a path for those who want one."""
+    """A file that lives in memory only, with a path for those who want one. Written again, it keeps its pages."""
 
     def __init__(self) -> None:
-        self.file = os.fdopen(os.memfd_create("payload"), "wb+")
+        self.file = os.fdopen(os.memfd_create("payload"), "wb+", buffering=0)
         self.path = f"/proc/self/fd/{self.file.fileno()}"
+
+    def view(self) -> mmap.mmap:
+        """Its bytes, without a copy."""
+        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __enter__(self) -> MemoryFile:
         return self
@@ -149,6 +155,7 @@ class LightClient:
 
     def download(self, assignment: participation_pb2.Assignment, into: MemoryFile) -> Manifest:
         """Fetches the assignment's model and verifies it on the way."""
+        into.file.seek(0)
         verifier = SegmentVerifier(assignment.model.digest, assignment.model.total_bytes)
         request = transfer_pb2.DownloadRequest(
             assignment_id=assignment.assignment_id, digest=assignment.model.digest, offset=0
@@ -161,7 +168,6 @@ class LightClient:
                     into.file.write(chunk[1])
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
-        into.file.flush()
         return verifier.finish()
 
     def model(self, assignment: participation_pb2.Assignment) -> tuple[Manifest, dict[str, Tensor]]:
@@ -218,9 +224,11 @@ def encode_update(
     specs: tuple[TensorSpec, ...],
     make_tensor: MakeTensor,
     num_examples: int = 1,
+    into: MemoryFile | None = None,
     **changes: Any,
 ) -> Update:
-    """An update for an assignment; `changes` replace fields of its manifest's header or UpdateInfo."""
+    """An update for an assignment; `changes` replace fields of its manifest's header or UpdateInfo. With `into` its bytes live
+    there, until something else is written to it."""
     info = UpdateInfo(assignment_id=assignment.assignment_id, num_examples=num_examples, metrics={"loss": 0.0})
     of_info = {key: changes.pop(key) for key in list(changes) if hasattr(info, key)}
     header: dict[str, Any] = {
@@ -230,7 +238,8 @@ def encode_update(
         "model_version": assignment.model_version,
         "base_digest": assignment.model.digest,
     } | changes
-    with MemoryFile() as memory:
+    with nullcontext(into) if into is not None else MemoryFile() as memory:
+        memory.file.seek(0)
         written = write_payload(
             memory.file,
             update=replace(info, **of_info),
@@ -238,7 +247,8 @@ def encode_update(
             codec=assignment.codec or "raw",
             **header,
         )
-        memory.file.flush()
+        if into is not None:
+            return Update(written.digest, into.view())
         memory.file.seek(0)
         return Update(written.digest, memory.file.read())
 
@@ -254,8 +264,17 @@ def constant(value: float) -> MakeTensor:
 
 
 def echo_rounds(client: LightClient, value: float, num_examples: int) -> int:
-    """Answers every assignment with a constant update until the run is over; returns how many."""
+    """Answers every assignment with a constant update until the run is over; returns how many. The tensors stay, the update is
+    encoded anew every time."""
     done = 0
+    tensors: dict[str, Tensor] = {}
+    model_file, update_file = MemoryFile(), MemoryFile()
+
+    def tensor_of(spec: TensorSpec) -> Tensor:
+        if spec.name not in tensors:
+            tensors[spec.name] = constant(value)(spec)
+        return tensors[spec.name]
+
     while True:
         try:
             answer = client.poll()
@@ -266,9 +285,8 @@ def echo_rounds(client: LightClient, value: float, num_examples: int) -> int:
                 return done
             continue
         assignment = answer.assignments[0]
-        with MemoryFile() as memory:
-            manifest = client.download(assignment, memory)
-        update = encode_update(assignment, manifest.specs, constant(value), num_examples)
+        manifest = client.download(assignment, model_file)
+        update = encode_update(assignment, manifest.specs, tensor_of, num_examples, into=update_file)
         try:
             client.upload(assignment.assignment_id, update)
             done += 1

@@ -12,5 +12,5 @@ class ServerOptimizer(Protocol):
 
     def step(self, weights: Tensor, delta: Tensor) -> Tensor:
         """The next weights for a tile: `weights` and `delta` are 1-D float64, so is the result. Elementwise, so that tiles and
-        threads change no bit."""
+        threads change no bit. `delta` is the optimizer's to overwrite."""
         ...

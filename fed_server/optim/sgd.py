@@ -15,4 +15,4 @@ class Sgd:
 
     def step(self, weights: Tensor, delta: Tensor) -> Tensor:
         """See `ServerOptimizer.step`. Multiply and add are separate operations, so that every CPU rounds alike."""
-        return weights + delta * self.learning_rate
+        return delta.mul_(self.learning_rate).add_(weights)

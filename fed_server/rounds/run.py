@@ -434,8 +434,10 @@ class LiveRun:
             async with self._moving, self._surroundings.files_lock:
                 if self.record.state is not RunState.ACTIVE:
                     return
-                await workers.disk(files.publish, model_part, model_path)
-                await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
+                await asyncio.gather(
+                    workers.disk(files.publish, model_part, model_path),
+                    workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest)),
+                )
                 failpoint("before-commit")
                 evaluators, committed = await self._commit(model)
         finally:
