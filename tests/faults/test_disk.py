@@ -42,7 +42,7 @@ def federation(cramped: Federation) -> Federation:
 
 
 def test_a_run_that_the_coordinator_has_no_room_for_is_refused_at_once(federation: Federation) -> None:
-    with _full(federation.coordinator.data, leave=40 * MIB), pytest.raises(DiskFullError, match="needs 67.7 MB"):
+    with _full(federation.coordinator.data, leave=40 * MIB), pytest.raises(DiskFullError, match=r"needs 67\.7 MB"):
         federation.submit("large")
 
 

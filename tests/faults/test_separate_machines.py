@@ -112,7 +112,7 @@ def test_a_line_that_breaks_in_mid_upload_costs_the_time_it_was_down(network: Ne
     near, far = (
         Site(name, tmp_path / name, coordinator, seed, *trust, prefix=("ip", "netns", "exec", machine))
         for seed, (name, machine) in enumerate(
-            {"near": network.machine(1, megabits=200), "far": network.machine(2, megabits=16)}.items()
+            {"near": network.machine(1, megabits=200), "far": network.machine(2, megabits=32)}.items()
         )
     )
     federation = Federation(coordinator, [near, far])
