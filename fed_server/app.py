@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import ssl
 import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -185,12 +186,27 @@ class App:
 
 def _credentials(settings: ServerSettings) -> grpc.ServerCredentials:
     assert settings.tls_cert is not None and settings.tls_key is not None
+    # Tried by the standard library first: gRPC says of a bad certificate only that it cannot listen.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         key, certificate = settings.tls_key.read_bytes(), settings.tls_cert.read_bytes()
         client_ca = settings.tls_ca.read_bytes() if settings.tls_ca is not None else None
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"--tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: {error.reason or 'not PEM'}; expected a certificate "
+            f"chain and the private key of its first certificate, both PEM, the key not encrypted"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"TLS file {error.filename}: {error.strerror}; the server's user must be able to read it"
+        ) from None
+    try:
+        if settings.tls_ca is not None:
+            context.load_verify_locations(settings.tls_ca)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"--tls-ca {settings.tls_ca}: {error.reason or 'not PEM'}; expected CA certificates, PEM"
         ) from None
     return grpc.ssl_server_credentials(
         [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None

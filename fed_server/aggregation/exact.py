@@ -9,19 +9,24 @@ from torch import Tensor
 TILE = 2**16
 
 
+def scratch_tile() -> Tensor:
+    """Room for one tile."""
+    return torch.empty(TILE, dtype=torch.float64)
+
+
 class ExactSum:
     """A weighted sum of real tensors, held as whole multiples of 2**exponent in float64.
 
     Law: any sequence of `add`, `subtract` and `merge` that stands for the same multiset of (values, weight) gives the same bits.
     It holds as long as the absolute sum stays below 2**53 steps, which the grid's policy promises.
 
-    Memory: 8 bytes an element, and one tile of scratch.
+    Memory: 8 bytes an element. `scratch` (see `scratch_tile`) may be shared by sums that are not added to at the same time.
     """
 
-    def __init__(self, num_elements: int, exponent: int) -> None:
+    def __init__(self, num_elements: int, exponent: int, scratch: Tensor | None = None) -> None:
         self.exponent = exponent
         self._steps = torch.zeros(num_elements, dtype=torch.float64)
-        self._scratch = torch.empty(min(num_elements, TILE), dtype=torch.float64)
+        self._scratch = scratch_tile() if scratch is None else scratch
 
     def add(self, first: int, values: Tensor, weight: int) -> None:
         """Adds weight * values to the coordinates from `first` on. `values` is 1-D and floating; `weight` may be negative to

@@ -15,7 +15,7 @@ from fed_core.failpoints import failpoint
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import TensorSpec
 from fed_core.tensors import torch_dtype
-from fed_server.aggregation.exact import ExactSum
+from fed_server.aggregation.exact import ExactSum, scratch_tile
 from fed_server.aggregation.merge_rules import MergeRule
 
 
@@ -29,9 +29,10 @@ class WeightedMean:
         self._sums: dict[str, ExactSum] = {}
         self._maxima: dict[str, Tensor] = {}
         self._specs = {spec.name: spec for spec in specs}
+        scratch = scratch_tile()
         for spec in specs:
             if rules[spec.name] == "mean":
-                self._sums[spec.name] = ExactSum(_num_reals(spec), grid[spec.name])
+                self._sums[spec.name] = ExactSum(_num_reals(spec), grid[spec.name], scratch)
             elif rules[spec.name] == "maximum":
                 self._maxima[spec.name] = torch.zeros(spec.num_elements, dtype=torch_dtype(spec.dtype))
         self._num_updates = 0
