@@ -194,8 +194,8 @@ def _credentials(settings: ServerSettings) -> grpc.ServerCredentials:
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
     except ssl.SSLError as error:
         raise ConfigError(
-            f"--tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: {error.reason or 'not PEM'}; expected a certificate "
-            f"chain and the private key of its first certificate, both PEM, the key not encrypted"
+            f"--tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: {error.reason or 'not PEM'}; expected a "
+            f"certificate chain and the private key of its first certificate, both PEM, the key not encrypted"
         ) from None
     except OSError as error:
         raise ConfigError(
