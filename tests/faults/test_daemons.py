@@ -60,11 +60,12 @@ def test_a_daemon_that_hangs_is_missed_by_name_and_its_late_work_is_dropped(fede
 
 def test_a_second_daemon_on_the_same_state_directory_is_refused(federation: Federation) -> None:
     site = federation.sites[1]
-    until(lambda: (site.state / "lock").exists(), "the first one holds the lock")
+    lock, pid = site.state / "lock", str(site.process.pid)
+    until(lambda: lock.exists() and lock.read_text().strip() == pid, "the first one holds the lock")
     second = subprocess.run(site.command(), capture_output=True, text=True, timeout=60, check=False)
 
     assert second.returncode == 75
-    assert f"another fed-client (process {site.process.pid}) runs on {site.state}" in second.stderr
+    assert f"another fed-client (process {pid}) runs on {site.state}" in second.stderr
 
 
 def test_a_second_coordinator_is_refused_its_data_directory_and_its_port(
