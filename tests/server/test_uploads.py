@@ -478,8 +478,8 @@ async def test_an_update_of_an_earlier_round_is_no_longer_needed(house: House) -
     first = (await until(lambda: late.poll(wait_seconds=1, labels={"kind": "slow"}).assignments))[0]
     manifest, _ = await off_loop(late.model, first)
     stale = encode_update(first, manifest.specs, constant(0.5))
+    await off_loop(late.poll, wait_seconds=0, labels={"kind": "other"})  # fits no further round
     await off_loop(late.report_failure, first.assignment_id, kind=1, message="gone")
-    await off_loop(late.poll, wait_seconds=0, labels={"kind": "other"})  # does not fit any more
     second = (await until(lambda: quick.poll(wait_seconds=1, labels={"kind": "slow"}).assignments))[0]
     with pytest.raises(NoLongerNeededError):
         await off_loop(late.upload, first.assignment_id, stale, retry=False)
