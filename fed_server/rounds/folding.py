@@ -16,6 +16,8 @@ from fed_server.store.blobs import DataDirectory
 
 logger = logging.getLogger(__name__)
 
+MakeAggregate = Callable[[], Aggregator]
+
 
 class Folding:
     """The aggregate of one run's open round and the queue before it. The aggregate is model-sized and the only thing here that
@@ -26,17 +28,19 @@ class Folding:
         self._files = files
         self._name_of = name_of
         self._queue: asyncio.Queue[AssignmentRecord] = asyncio.Queue()
+        self._make: MakeAggregate | None = None
         self._aggregate: Aggregator | None = None
-        self.lost: list[str] = []
-        """Sentences about updates that were stored and cannot be read any more."""
+        self._folded: list[AssignmentRecord] = []
+        self.lost: list[tuple[AssignmentRecord, str]] = []
+        """Updates that were stored and cannot be read any more, each with a sentence that says why."""
 
-    def begin(self, aggregate: Aggregator) -> None:
-        """Opens a round."""
-        self._aggregate, self.lost = aggregate, []
+    def begin(self, make: MakeAggregate) -> None:
+        """Opens a round; `make` makes an empty aggregate."""
+        self._make, self._aggregate, self._folded, self.lost = make, make(), [], []
 
     def end(self) -> None:
         """Closes the round; what still waits in the queue is passed over."""
-        self._aggregate = None
+        self._make, self._aggregate, self._folded, self.lost = None, None, [], []
 
     def put(self, update: AssignmentRecord) -> None:
         """Queues a durable update."""
@@ -54,11 +58,16 @@ class Folding:
             try:
                 if self._aggregate is not None:
                     await self._workers.compute(self._fold, update, self._aggregate)
+                    self._folded.append(update)
             except (FedstreamError, OSError) as error:
-                # Verified when it came, unreadable now: the disk lost it. The round goes on and says so.
-                name = self._name_of(update.client_id)
-                self.lost.append(f"the stored update of {name} cannot be read: {error}")
-                logger.error("stored update lost", extra={"client": name, "reason": str(error)})
+                # Verified when it came, unreadable now: the disk lost it. Part of it may be in the sums, so they begin anew.
+                reason = f"the coordinator's copy of this update cannot be read: {error}"
+                logger.error("stored update lost", extra={"client": self._name_of(update.client_id), "reason": reason})
+                if self._make is not None:
+                    self.lost.append((update, reason))
+                    self._aggregate, again, self._folded = self._make(), self._folded, []
+                    for earlier in again:
+                        self._queue.put_nowait(earlier)
             finally:
                 self._queue.task_done()
 

@@ -155,7 +155,7 @@ class LiveRun:
 
         self.specs = await self._facilities.workers.disk(read_specs)
         if self.round is not None and self.round.state in (RoundState.TRAINING, RoundState.AGGREGATING):
-            self._folding.begin(self._new_aggregate())
+            self._folding.begin(self._new_aggregate)
             for assignment in self._received(AssignmentKind.TRAIN):
                 if damage := await self._folding.damage(assignment):
                     await self._set_aside(assignment, damage)
@@ -330,7 +330,7 @@ class LiveRun:
                 return 0
             self.assignments = {a.assignment_id: a for a in assignments}
             self._waited_seconds = 0.0
-            self._folding.begin(self._new_aggregate())
+            self._folding.begin(self._new_aggregate)
         logger.info(
             "round opened",
             extra={
@@ -388,9 +388,12 @@ class LiveRun:
     async def _aggregate_and_commit(self) -> None:
         assert self.round is not None
         aggregate, files, round = await self._folding.finished(), self._facilities.files, self.round
-        if aggregate is None or not aggregate.can_report():
+        for assignment, reason in self._folding.lost:
+            await self._set_aside(assignment, reason)
+        if aggregate is None or aggregate.num_updates < round.quorum:
+            lost = "; ".join(reason for _, reason in self._folding.lost)
             await self._fail_round(
-                Decision(Verdict.FAIL, f"no update could be folded: {'; '.join(self._folding.lost)}")
+                Decision(Verdict.FAIL, f"fewer updates than the quorum of {round.quorum} are left: {lost}")
             )
             return
         base, version = self.models[round.base_version], self.record.model_version + 1
