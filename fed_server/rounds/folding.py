@@ -27,7 +27,9 @@ class Folding:
         self._workers = workers
         self._files = files
         self._name_of = name_of
-        self._queue: asyncio.Queue[AssignmentRecord] = asyncio.Queue()
+        # Each with the number of the opening it belongs to: one that still waits when its round ends is no part of the next.
+        self._queue: asyncio.Queue[tuple[int, AssignmentRecord]] = asyncio.Queue()
+        self._opening = 0
         self._make: MakeAggregate | None = None
         self._aggregate: Aggregator | None = None
         self._folded: list[AssignmentRecord] = []
@@ -36,15 +38,17 @@ class Folding:
 
     def begin(self, make: MakeAggregate) -> None:
         """Opens a round; `make` makes an empty aggregate."""
+        self._opening += 1
         self._make, self._aggregate, self._folded, self.lost = make, make(), [], []
 
     def end(self) -> None:
         """Closes the round; what still waits in the queue is passed over."""
+        self._opening += 1
         self._make, self._aggregate, self._folded, self.lost = None, None, [], []
 
     def put(self, update: AssignmentRecord) -> None:
         """Queues a durable update."""
-        self._queue.put_nowait(update)
+        self._queue.put_nowait((self._opening, update))
 
     async def finished(self) -> Aggregator | None:
         """The aggregate of everything that was put; None where no update could be folded."""
@@ -54,20 +58,21 @@ class Folding:
     async def run(self) -> None:
         """Folds until cancelled."""
         while True:
-            update = await self._queue.get()
+            opening, update = await self._queue.get()
             try:
-                if self._aggregate is not None:
+                if opening == self._opening and self._aggregate is not None:
                     await self._workers.compute(self._fold, update, self._aggregate)
-                    self._folded.append(update)
+                    if opening == self._opening:
+                        self._folded.append(update)
             except (FedstreamError, OSError) as error:
                 # Verified when it came, unreadable now: the disk lost it. Part of it may be in the sums, so they begin anew.
                 reason = f"the coordinator's copy of this update cannot be read: {error}"
                 logger.error("stored update lost", extra={"client": self._name_of(update.client_id), "reason": reason})
-                if self._make is not None:
+                if opening == self._opening and self._make is not None:
                     self.lost.append((update, reason))
                     self._aggregate, again, self._folded = self._make(), self._folded, []
                     for earlier in again:
-                        self._queue.put_nowait(earlier)
+                        self._queue.put_nowait((opening, earlier))
             finally:
                 self._queue.task_done()
 

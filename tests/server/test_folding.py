@@ -110,3 +110,14 @@ async def test_damage_is_seen_before_it_is_folded_after_a_start(desk: Desk) -> N
 
 async def test_nothing_put_is_nothing_to_report(desk: Desk) -> None:
     assert await desk.folding.finished() is None
+
+
+async def test_an_update_that_waits_when_its_round_ends_is_no_part_of_the_next(desk: Desk) -> None:
+    desk.put("old", 0.125, 1)
+    desk.folding.end()
+    desk.folding.begin(new_aggregate)
+    desk.put("new", 0.5, 1)
+    aggregate = await desk.folding.finished()
+    assert aggregate is not None
+    assert aggregate.num_updates == 1
+    assert means(aggregate) == [0.5]
