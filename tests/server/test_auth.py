@@ -191,13 +191,13 @@ async def test_answers_repeat_the_request_id_or_make_one(house: House) -> None:
 
 async def test_an_internal_error_tells_an_id_and_no_more(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("the secret is 42")
+        raise RuntimeError("the password is swordfish")
 
     client = await off_loop(house.client, "site")
     monkeypatch.setattr("fed_server.rounds.coordinator.Coordinator.poll", fail)
     with pytest.raises(FedstreamError, match=r"internal error [0-9a-f]{32}; the coordinator's log") as caught:
         await off_loop(client.poll, wait_seconds=0)
-    assert "42" not in str(caught.value)
+    assert "swordfish" not in str(caught.value)
 
 
 # Files
