@@ -293,7 +293,8 @@ class LiveRun:
         best = Best(self.record.best_version, self.record.best_metric, self.record.num_without_gain)
         over = stop_reason(rules, round=self.record.round, elapsed_seconds=self.record.elapsed_seconds, best=best)
         if over is not None:
-            await self._finish(RunState.FINISHED, over)
+            made_something = self.record.model_version > 0
+            await self._finish(RunState.FINISHED if made_something else RunState.FAILED, over)
             return 0
         number, base = self.next_round, self.models[self.record.model_version]
         if self._max_abs is None or self._max_abs[0] != base.version:
@@ -380,6 +381,7 @@ class LiveRun:
             )
             await self._write(record, failed, dropped)
             self._end_round()
+        self._surroundings.garbage_left()
         logger.warning("round failed", extra={"run": record.name, "round": failed.round, "reason": decision.reason})
         self._surroundings.assignments_changed(dropped)
         if num_failed >= self.config.schedule.max_failed_rounds:

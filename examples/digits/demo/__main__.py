@@ -1,7 +1,7 @@
 """python -m examples.digits.demo [--output DIR] [--rounds N]
 
-A coordinator and three sites, each a process of its own, learn the digits together. Then the same training at each site alone and on
-the pooled data shows what that was worth. Everything is left in demo-output/; no process is.
+A coordinator and three sites, each a process of its own, learn the digits together. Then the same training at each site alone and
+on the pooled data shows what that was worth. Everything is left in demo-output/; no process is.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class TransferServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client).
+        """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client), ABORTED (no longer
+        needed; the message says why).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

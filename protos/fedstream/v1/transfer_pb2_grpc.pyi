@@ -44,7 +44,9 @@ class TransferStub:
     PERMISSION_DENIED (not assigned to this client), OUT_OF_RANGE (offset beyond the end), RESOURCE_EXHAUSTED.
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_transfer_pb2.GetUploadRequest, _transfer_pb2.GetUploadResponse]
-    """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client)."""
+    """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client), ABORTED (no longer
+    needed; the message says why).
+    """
     Upload: _grpc.StreamUnaryMultiCallable[_transfer_pb2.UploadRequest, _transfer_pb2.UploadResponse]
     """Sends an update: one header, then chunks in order from the header's offset. Returns when the update is verified and
     durable; a repeat of a finished upload gets the first receipt at once. A broken stream keeps what verified. Errors:
@@ -64,7 +66,9 @@ class TransferAsyncStub(TransferStub):
     PERMISSION_DENIED (not assigned to this client), OUT_OF_RANGE (offset beyond the end), RESOURCE_EXHAUSTED.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_transfer_pb2.GetUploadRequest, _transfer_pb2.GetUploadResponse]  # type: ignore[assignment]
-    """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client)."""
+    """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client), ABORTED (no longer
+    needed; the message says why).
+    """
     Upload: _aio.StreamUnaryMultiCallable[_transfer_pb2.UploadRequest, _transfer_pb2.UploadResponse]  # type: ignore[assignment]
     """Sends an update: one header, then chunks in order from the header's offset. Returns when the update is verified and
     durable; a repeat of a finished upload gets the first receipt at once. A broken stream keeps what verified. Errors:
@@ -93,7 +97,9 @@ class TransferServicer(metaclass=_abc_1.ABCMeta):
         request: _transfer_pb2.GetUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_pb2.GetUploadResponse, _abc.Awaitable[_transfer_pb2.GetUploadResponse]]:
-        """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client)."""
+        """Asks where an upload stands. Changes nothing. Errors: NOT_FOUND (no such assignment of this client), ABORTED (no longer
+        needed; the message says why).
+        """
 
     @_abc_1.abstractmethod
     def Upload(
