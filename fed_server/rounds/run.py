@@ -292,6 +292,12 @@ class LiveRun:
         rules = stop_rules(self.config)
         best = Best(self.record.best_version, self.record.best_metric, self.record.num_without_gain)
         over = stop_reason(rules, round=self.record.round, elapsed_seconds=self.record.elapsed_seconds, best=best)
+        if over is None and self.record.num_failed_rounds >= self.config.schedule.max_failed_rounds:
+            # The run's end could not be written when its last round failed: the disk was full, or the process died.
+            await self._finish(
+                RunState.FAILED, f"{self.record.num_failed_rounds} rounds in a row failed; {self.record.reason}"
+            )
+            return 0
         if over is not None:
             made_something = self.record.model_version > 0
             await self._finish(RunState.FINISHED if made_something else RunState.FAILED, over)
