@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 
 import structlog
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the calls that a client hung up, or that ended with the server: gRPC logs each as an error with a traceback."""
+    return not (record.exc_info and record.exc_info[0] is asyncio.CancelledError)
 
 
 def configure_logs(level: str, format: str) -> None:
@@ -34,5 +40,6 @@ def configure_logs(level: str, format: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    handler.addFilter(_is_news)
     for noisy in ("asyncio", "alembic", "grpc", "sqlalchemy"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
