@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor
 
 # 2**16 float64 are 512 KiB: the scratch tile stays in the second-level cache.
 TILE = 2**16
+
+
+def _zeros(num_elements: int) -> Tensor:
+    """Float64 zeros, in pages of their own. A model-sized block on the heap is freed every round and leaves a hole that the
+    transfers fill with their buffers; the next round's would then need new memory."""
+    if num_elements == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.frombuffer(mmap.mmap(-1, 8 * num_elements), dtype=torch.float64)
 
 
 def scratch_tile() -> Tensor:
@@ -25,7 +35,7 @@ class ExactSum:
 
     def __init__(self, num_elements: int, exponent: int, scratch: Tensor | None = None) -> None:
         self.exponent = exponent
-        self._steps = torch.zeros(num_elements, dtype=torch.float64)
+        self._steps = _zeros(num_elements)
         self._scratch = scratch_tile() if scratch is None else scratch
 
     def add(self, first: int, values: Tensor, weight: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,14 +111,19 @@ def write_version(
 
 
 def payload_tile(payload: PayloadReader) -> TileOf:
-    """Values out of a payload, for version 0. Tiles are asked for in order, body by body."""
-    tensors: dict[str, Tensor] = {}
+    """Values out of a payload, for version 0. Tiles must be asked for in order; memory: one body and one tile."""
+    tiles: Iterator[tuple[int, Tensor]] = iter(())
+    rest = torch.empty(0)
 
     def tile_of(spec: TensorSpec, first: int, count: int) -> Tensor:
-        if spec.name not in tensors:
-            tensors.clear()
-            tensors[spec.name] = payload.tensor(spec.name).reshape(-1)
-        return tensors[spec.name][first : first + count]
+        nonlocal tiles, rest
+        if first == 0:
+            tiles, rest = payload.iter_tiles(spec.name), torch.empty(0, dtype=torch_dtype(spec.dtype))
+        while len(rest) < count:
+            _, body = next(tiles)
+            rest = torch.cat([rest, body])  # a copy: the reader's buffer is used again
+        tile, rest = rest[:count], rest[count:]
+        return tile
 
     return tile_of
 
