@@ -54,10 +54,13 @@ class MemoryFile:
     def __init__(self) -> None:
         self.file = os.fdopen(os.memfd_create("payload"), "wb+", buffering=0)
         self.path = f"/proc/self/fd/{self.file.fileno()}"
+        self._view: mmap.mmap | None = None
 
     def view(self) -> mmap.mmap:
-        """Its bytes, without a copy."""
-        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        """Its bytes, without a copy; the same mapping as long as the length stays."""
+        if self._view is None or len(self._view) != os.fstat(self.file.fileno()).st_size:
+            self._view = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._view
 
     def __enter__(self) -> MemoryFile:
         return self

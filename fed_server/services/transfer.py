@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -42,6 +43,34 @@ RETRY_WINDOW_SECONDS = 2.0
 STALL_SECONDS = 90.0
 
 
+class FrameCache:
+    """The last few frames that were sent: a cohort fetches the same payload at about the same time, so most are read and packed
+    once for all. Memory: `max_frames` MiB."""
+
+    def __init__(self, workers: Workers, max_frames: int = 8) -> None:
+        self._workers = workers
+        self._max_frames = max_frames
+        self._frames: OrderedDict[tuple[str, int, int], asyncio.Task[bytes]] = OrderedDict()
+
+    async def get(self, digest: str, file: int, offset: int, length: int) -> bytes:
+        """The frame of the payload's bytes from `offset` on; `file` is open for reading, as long as this takes."""
+        key = (digest, offset, length)
+        task = self._frames.get(key)
+        if task is None:
+            # Through a file of its own: whoever asked first may hang up and close his while others wait for the frame.
+            own = os.dup(file)
+            task = asyncio.create_task(self._workers.disk(_read_frame, own, offset, length))
+            self._frames[key] = task
+            if len(self._frames) > self._max_frames:
+                self._frames.popitem(last=False)
+        try:
+            return await asyncio.shield(task)
+        except (OSError, asyncio.CancelledError):
+            if task.done():
+                self._frames.pop(key, None)  # a failed read is not to be remembered
+            raise
+
+
 class TransferService:
     """Bulk in and out, at most `max_concurrent_transfers` streams at once."""
 
@@ -52,6 +81,7 @@ class TransferService:
         self._workers = workers
         self._files = files
         self._slots = asyncio.Semaphore(max_concurrent_transfers)
+        self._frames = FrameCache(workers)
         # Streams by assignment, the newest last: an older one is a connection that the client has given up.
         self._streams: dict[str, list[asyncio.Task[Any]]] = {}
 
@@ -104,7 +134,7 @@ class TransferService:
                 )
                 await context.write(transfer_pb2.DownloadResponse(header=header).SerializeToString())
                 for offset, length in await self._workers.disk(_chunks_from, file, request.offset):
-                    frame = await self._workers.disk(_read_frame, file, offset, length)
+                    frame = await self._frames.get(model.payload_digest, file, offset, length)
                     async with asyncio.timeout(STALL_SECONDS):
                         await context.write(frame)
                     run.count_traffic(assignment.assignment_id, downlink_wire_bytes=length)
@@ -250,7 +280,10 @@ def _chunks_from(file: int, offset: int) -> list[tuple[int, int]]:
 
 
 def _read_frame(file: int, offset: int, length: int) -> bytes:
-    return pack_chunk(offset, os.pread(file, length, offset))
+    try:
+        return pack_chunk(offset, os.pread(file, length, offset))
+    finally:
+        os.close(file)
 
 
 async def _read_header(requests: AsyncIterator[bytes]) -> transfer_pb2.UploadHeader:
