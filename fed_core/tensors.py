@@ -87,6 +87,18 @@ def difference(local: Tensor, received: Tensor) -> Tensor:
     return local - received
 
 
+def apply_difference(received: Tensor, change: Tensor) -> Tensor:
+    """The inverse of `difference`: received + change, rounded once to the tensor's dtype; an integer or bool tensor is the change itself.
+
+    Every side that reconstructs a model does it through this function: one elementwise addition has the same bits on every CPU.
+    """
+    if not (received.is_floating_point() or received.is_complex()):
+        return change
+    if received.dtype in (torch.float16, torch.bfloat16):
+        return (received.float() + change.float()).to(received.dtype)
+    return received + change
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises NotFiniteError naming the tensor where it holds NaN or infinity. One pass, no temporary of its size."""
     if tensor.is_complex():

@@ -25,6 +25,12 @@ MAX_TENSOR_ELEMENTS: Final = 2**38
 MAX_RAW_BYTES: Final = 2**40
 
 MAX_CODEC_BYTES: Final = 32
+MAX_CODECS: Final = 64
+# A tensor of at most so many encoded bytes has no segment of its own: its place in the table would cost more than it does.
+MAX_BUNDLED_BYTES: Final = 4096
+MAX_BUNDLE_BYTES: Final = MAX_BODY_BYTES
+# 65,536 specs with long names.
+MAX_SPECS_BYTES: Final = 16 * 2**20
 MAX_ID_BYTES: Final = 100
 MAX_METRICS: Final = 64
 MAX_METRIC_NAME_BYTES: Final = 100

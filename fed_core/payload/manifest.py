@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -21,17 +22,24 @@ from google.protobuf.message import DecodeError
 
 from fed_core.errors import CorruptError, PayloadError
 from fed_core.payload import limits
-from fed_core.payload.wire import BYTES, read_fields
+from fed_core.payload.wire import BYTES, read_fields, read_varint, write_varint
 from fed_core.specs import TensorSpec, from_proto
 from fedstream.v1 import common_pb2, payload_pb2
 
 _PREAMBLE: Final = struct.Struct(f"<{len(limits.MAGIC)}s{limits.DIGEST_BYTES}sI")
+RAW: Final = "raw"
+_KINDS: Final = {
+    common_pb2.PAYLOAD_KIND_MODEL,
+    common_pb2.PAYLOAD_KIND_UPDATE,
+    common_pb2.PAYLOAD_KIND_DELTA,
+}
 _CODEC_NAME: Final = re.compile(rf"[a-z0-9_.-]{{1,{limits.MAX_CODEC_BYTES}}}")
 _METRIC_NAME: Final = re.compile(rf"[a-z0-9_.]{{1,{limits.MAX_METRIC_NAME_BYTES}}}")
 
 
 class SegmentSpan(NamedTuple):
-    """Where one segment lies in the file and what it must hash to. `num_coordinates` is 0 for a head."""
+    """Where one segment lies in the file and what it must hash to. `num_coordinates` is 0 for a head and for the bundle, and
+    `tensor_index` is -1 for the bundle."""
 
     offset: int
     length: int
@@ -41,9 +49,14 @@ class SegmentSpan(NamedTuple):
     num_coordinates: int
 
     @property
+    def is_bundle(self) -> bool:
+        """Whether it holds the tensors that are too small for segments of their own."""
+        return self.tensor_index < 0
+
+    @property
     def is_head(self) -> bool:
         """Whether it holds what a tensor's bodies share, instead of coordinates."""
-        return self.num_coordinates == 0
+        return self.num_coordinates == 0 and not self.is_bundle
 
     @property
     def end(self) -> int:
@@ -53,12 +66,21 @@ class SegmentSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a payload: what it is, its codec's name, and its segments."""
+    """One tensor of a payload: what it is, its codec's name, and its segments; none where it lies in the bundle."""
 
     spec: TensorSpec
     codec: str
     head: SegmentSpan | None
     bodies: tuple[SegmentSpan, ...]
+    is_bundled: bool = False
+
+
+class BundledTensor(NamedTuple):
+    """One tensor out of the bundle: the bytes of its head (empty where its codec has none) and of its one body."""
+
+    tensor_index: int
+    head: memoryview
+    body: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +94,8 @@ class UpdateInfo:
     is_partial: bool = False
     training_seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    error: float = 0.0
+    gain: float = 1.0
 
     def to_proto(self) -> payload_pb2.UpdateInfo:
         """The message that travels."""
@@ -83,6 +107,8 @@ class UpdateInfo:
             is_partial=self.is_partial,
             training_seconds=self.training_seconds,
             metrics=[common_pb2.Metric(name=name, value=value) for name, value in self.metrics.items()],
+            error=self.error,
+            gain=self.gain,
         )
 
 
@@ -96,9 +122,11 @@ class Manifest:
     model_version: int
     base_digest: bytes
     tensors: tuple[TensorEntry, ...]
+    bundle: SegmentSpan | None
     raw_bytes: int
     encoded_bytes: int
     update: UpdateInfo | None
+    result_digest: bytes
     digest: bytes
     manifest_bytes: int
 
@@ -115,16 +143,32 @@ class Manifest:
     @cached_property
     def segments(self) -> tuple[SegmentSpan, ...]:
         """Every segment in the order of the file."""
-        return tuple(
-            span
-            for entry in self.tensors
-            for span in ((entry.head, *entry.bodies) if entry.head is not None else entry.bodies)
-        )
+        spans = [self.bundle] if self.bundle is not None else []
+        for entry in self.tensors:
+            spans += (entry.head, *entry.bodies) if entry.head is not None else entry.bodies
+        return tuple(spans)
 
     @cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The tensors' specs in order."""
         return tuple(entry.spec for entry in self.tensors)
+
+    def name_of(self, span: SegmentSpan) -> str:
+        """What a segment belongs to, for messages."""
+        return "the bundle" if span.is_bundle else f"tensor {self.tensors[span.tensor_index].spec.name!r}"
+
+    @property
+    def codecs(self) -> dict[str, int]:
+        """How many tensors there are by codec."""
+        counts: dict[str, int] = {}
+        for entry in self.tensors:
+            counts[entry.codec] = counts.get(entry.codec, 0) + 1
+        return counts
+
+    @property
+    def model_digest(self) -> bytes:
+        """Identity of the model that a model or a delta leads to: the digest of that model's payload in the raw codec."""
+        return self.result_digest or self.digest
 
 
 class Preamble(NamedTuple):
@@ -167,7 +211,7 @@ def parse_manifest(preamble: Preamble, data: bytes | bytearray | memoryview) -> 
         message = payload_pb2.Manifest.FromString(data)
     except DecodeError as error:
         raise PayloadError(f"the manifest cannot be parsed: {error}") from error
-    tensors = _read_tensors(message, limits.PREAMBLE_BYTES + len(data))
+    tensors, bundle = _read_tensors(message, _read_specs(message), limits.PREAMBLE_BYTES + len(data))
     manifest = Manifest(
         kind=message.kind,
         run_id=message.run_id,
@@ -175,15 +219,50 @@ def parse_manifest(preamble: Preamble, data: bytes | bytearray | memoryview) -> 
         model_version=message.model_version,
         base_digest=message.base_digest,
         tensors=tensors,
+        bundle=bundle,
         raw_bytes=message.raw_bytes,
         encoded_bytes=message.encoded_bytes,
         update=_read_update(message.update) if message.HasField("update") else None,
+        result_digest=message.result_digest,
         digest=preamble.digest,
         manifest_bytes=len(data),
     )
     _check_header(manifest)
     _check_sums(manifest)
     return manifest
+
+
+def pack_specs(specs: payload_pb2.TensorSpecs) -> bytes:
+    """The specs as every payload but a lossless model carries them."""
+    return zlib.compress(specs.SerializeToString(), 9)
+
+
+def pack_bundle(tensors: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The bundle of tensors given as (head or nothing, body), in the order of the manifest."""
+    return b"".join(write_varint(len(head)) + write_varint(len(body)) + head + body for head, body in tensors)
+
+
+def split_bundle(manifest: Manifest, data: bytes | memoryview) -> list[BundledTensor]:
+    """The tensors in the bytes of a manifest's bundle. Raises PayloadError unless they are exactly the bundled ones."""
+    view, at = memoryview(data), 0
+    tensors: list[BundledTensor] = []
+    for index, entry in enumerate(manifest.tensors):
+        if not entry.is_bundled:
+            continue
+        head_bytes, at = read_varint(view, at, len(view))
+        body_bytes, at = read_varint(view, at, len(view))
+        body_at = at + head_bytes
+        end = body_at + body_bytes
+        if body_bytes == 0 or head_bytes + body_bytes > limits.MAX_BUNDLED_BYTES or end > len(view):
+            raise PayloadError(
+                f"tensor {entry.spec.name!r} claims {head_bytes} + {body_bytes} bytes of the bundle; expected a body and at most "
+                f"{limits.MAX_BUNDLED_BYTES} in all"
+            )
+        tensors.append(BundledTensor(index, view[at:body_at], view[body_at:end]))
+        at = end
+    if at != len(view):
+        raise PayloadError(f"{len(view) - at} bytes follow the last tensor of the bundle")
+    return tensors
 
 
 class _Shape(NamedTuple):
@@ -203,11 +282,12 @@ _SPEC_SHAPE: Final = {
     3: _NUMBER,
     4: _NUMBER,
 }
+_SPECS_SHAPE: Final = {1: _Shape(limits.MAX_SPECS_BYTES, max_count=limits.MAX_TENSORS, message=_SPEC_SHAPE)}
 _TENSOR_SHAPE: Final = {
-    1: _Shape(limits.MAX_MANIFEST_BYTES, message=_SPEC_SHAPE),
-    2: _Shape(limits.MAX_CODEC_BYTES),
-    3: _Shape(_HEAD_BYTES),
-    4: _Shape(_BODY_BYTES, max_count=limits.MAX_SEGMENTS),
+    1: _NUMBER,
+    2: _Shape(_HEAD_BYTES),
+    3: _Shape(_BODY_BYTES, max_count=limits.MAX_SEGMENTS),
+    4: _NUMBER,
 }
 _MANIFEST_SHAPE: Final = {
     1: _NUMBER,
@@ -215,20 +295,25 @@ _MANIFEST_SHAPE: Final = {
     3: _NUMBER,
     4: _NUMBER,
     5: _Shape(limits.DIGEST_BYTES),
-    6: _Shape(limits.MAX_MANIFEST_BYTES, max_count=limits.MAX_TENSORS, message=_TENSOR_SHAPE),
-    7: _NUMBER,
-    8: _NUMBER,
-    9: _Shape(limits.MAX_UPDATE_INFO_BYTES),
+    6: _Shape(limits.MAX_SPECS_BYTES, message=_SPECS_SHAPE),
+    7: _Shape(limits.MAX_SPECS_BYTES),
+    8: _Shape(limits.MAX_CODEC_BYTES, max_count=limits.MAX_CODECS),
+    9: _Shape(limits.MAX_MANIFEST_BYTES, max_count=limits.MAX_TENSORS, message=_TENSOR_SHAPE),
+    10: _Shape(_HEAD_BYTES),
+    11: _NUMBER,
+    12: _NUMBER,
+    13: _Shape(limits.MAX_UPDATE_INFO_BYTES),
+    14: _Shape(limits.DIGEST_BYTES),
 }
 
 
-def _check_structure(data: bytes) -> None:
+def _check_structure(data: bytes, shape_of_all: Mapping[int, _Shape] = _MANIFEST_SHAPE) -> None:
     """Bounds what protobuf may build of these bytes: unchecked, 64 MiB of two-byte submessages grow to gigabytes.
 
     A field that this version does not know is refused too: whoever ignored it might decode the payload wrongly.
     """
     num_fields = 0
-    pending: list[tuple[int, int, Mapping[int, _Shape]]] = [(0, len(data), _MANIFEST_SHAPE)]
+    pending: list[tuple[int, int, Mapping[int, _Shape]]] = [(0, len(data), shape_of_all)]
     while pending:
         start, end, shapes = pending.pop()
         counts = dict.fromkeys(shapes, 0)
@@ -252,24 +337,66 @@ def _check_structure(data: bytes) -> None:
                 pending.append((at, stop, shape.message))
 
 
-def _read_tensors(message: payload_pb2.Manifest, offset: int) -> tuple[TensorEntry, ...]:
-    num_segments = sum(len(entry.bodies) + entry.HasField("head") for entry in message.tensors)
-    if num_segments > limits.MAX_SEGMENTS:
-        raise PayloadError(f"the manifest lists {num_segments} segments; at most {limits.MAX_SEGMENTS} are allowed")
-    tensors: list[TensorEntry] = []
+def _read_specs(message: payload_pb2.Manifest) -> list[TensorSpec]:
+    specs = message.specs
+    if message.packed_specs:
+        if message.HasField("specs"):
+            raise PayloadError("the manifest holds its specs twice")
+        unpacker = zlib.decompressobj()
+        try:
+            data = unpacker.decompress(message.packed_specs, limits.MAX_SPECS_BYTES)
+        except zlib.error as error:
+            raise PayloadError(f"the specs cannot be unpacked: {error}") from error
+        if not unpacker.eof or unpacker.unused_data:
+            raise PayloadError(f"the specs unpack to more than {limits.MAX_SPECS_BYTES} bytes, or not wholly")
+        _check_structure(data, _SPECS_SHAPE)
+        try:
+            specs = payload_pb2.TensorSpecs.FromString(data)
+        except DecodeError as error:
+            raise PayloadError(f"the specs cannot be parsed: {error}") from error
+    if len(specs.specs) != len(message.tensors):
+        raise PayloadError(f"the manifest holds {len(specs.specs)} specs and {len(message.tensors)} tensors")
+    read = [from_proto(spec) for spec in specs.specs]
     names: set[str] = set()
-    for index, entry in enumerate(message.tensors):
-        spec = from_proto(entry.spec)
+    for spec in read:
         if spec.name in names:
             raise PayloadError(f"tensor {spec.name!r} is listed twice")
         names.add(spec.name)
-        if not _CODEC_NAME.fullmatch(entry.codec):
+    return read
+
+
+def _read_tensors(
+    message: payload_pb2.Manifest, specs: Sequence[TensorSpec], offset: int
+) -> tuple[tuple[TensorEntry, ...], SegmentSpan | None]:
+    num_segments = sum(len(entry.bodies) + entry.HasField("head") for entry in message.tensors)
+    if num_segments > limits.MAX_SEGMENTS:
+        raise PayloadError(f"the manifest lists {num_segments} segments; at most {limits.MAX_SEGMENTS} are allowed")
+    for codec in message.codecs:
+        if not _CODEC_NAME.fullmatch(codec):
+            raise PayloadError(f"the manifest names the codec {codec!r}; expected a short lower-case name")
+    bundle = None
+    if message.HasField("bundle"):
+        bundle = _read_segment("the bundle", message.bundle, offset, -1, 0, limits.MAX_BUNDLE_BYTES)
+        if bundle.num_coordinates != 0:
+            raise PayloadError(f"the bundle claims {bundle.num_coordinates} coordinates; expected 0")
+        offset = bundle.end
+    if any(entry.is_bundled for entry in message.tensors) != (bundle is not None):
+        raise PayloadError("a payload has a bundle exactly where a tensor is bundled")
+    tensors: list[TensorEntry] = []
+    for index, (spec, entry) in enumerate(zip(specs, message.tensors, strict=True)):
+        if entry.codec >= len(message.codecs):
             raise PayloadError(
-                f"tensor {spec.name!r} names the codec {entry.codec!r}; expected a short lower-case name"
+                f"tensor {spec.name!r} names codec number {entry.codec}; the manifest lists {len(message.codecs)}"
             )
+        codec = message.codecs[entry.codec]
+        if entry.is_bundled:
+            if entry.HasField("head") or entry.bodies or not 1 <= spec.num_elements <= limits.MAX_BODY_COORDINATES:
+                raise PayloadError(f"tensor {spec.name!r} of shape {spec.shape} cannot be bundled, or has segments too")
+            tensors.append(TensorEntry(spec, codec, None, (), is_bundled=True))
+            continue
         head = None
         if entry.HasField("head"):
-            head = _read_segment(spec, entry.head, offset, index, 0, limits.MAX_HEAD_BYTES)
+            head = _read_segment(f"tensor {spec.name!r}", entry.head, offset, index, 0, limits.MAX_HEAD_BYTES)
             if not head.is_head:
                 raise PayloadError(
                     f"the head of tensor {spec.name!r} claims {head.num_coordinates} coordinates; expected 0"
@@ -278,7 +405,9 @@ def _read_tensors(message: payload_pb2.Manifest, offset: int) -> tuple[TensorEnt
         bodies: list[SegmentSpan] = []
         coordinate = 0
         for segment in entry.bodies:
-            body = _read_segment(spec, segment, offset, index, coordinate, limits.MAX_BODY_BYTES)
+            body = _read_segment(
+                f"tensor {spec.name!r}", segment, offset, index, coordinate, limits.MAX_BODY_BYTES
+            )
             if not 1 <= body.num_coordinates <= limits.MAX_BODY_COORDINATES:
                 raise PayloadError(
                     f"a body of tensor {spec.name!r} claims {body.num_coordinates} coordinates; "
@@ -291,21 +420,19 @@ def _read_tensors(message: payload_pb2.Manifest, offset: int) -> tuple[TensorEnt
                 f"the bodies of tensor {spec.name!r} hold {coordinate} coordinates; its shape {spec.shape} has "
                 f"{spec.num_elements}"
             )
-        tensors.append(TensorEntry(spec, entry.codec, head, tuple(bodies)))
-    return tuple(tensors)
+        tensors.append(TensorEntry(spec, codec, head, tuple(bodies)))
+    return tuple(tensors), bundle
 
 
 def _read_segment(
-    spec: TensorSpec, segment: payload_pb2.Segment, offset: int, index: int, coordinate: int, max_bytes: int
+    what: str, segment: payload_pb2.Segment, offset: int, index: int, coordinate: int, max_bytes: int
 ) -> SegmentSpan:
     if not 1 <= segment.encoded_bytes <= max_bytes:
         raise PayloadError(
-            f"a segment of tensor {spec.name!r} has {segment.encoded_bytes} bytes; expected 1 to {max_bytes}"
+            f"a segment of {what} has {segment.encoded_bytes} bytes; expected 1 to {max_bytes}"
         )
     if len(segment.digest) != limits.DIGEST_BYTES:
-        raise PayloadError(
-            f"a segment of tensor {spec.name!r} has a digest of {len(segment.digest)} bytes; expected 32"
-        )
+        raise PayloadError(f"a segment of {what} has a digest of {len(segment.digest)} bytes; expected 32")
     return SegmentSpan(offset, segment.encoded_bytes, segment.digest, index, coordinate, segment.num_coordinates)
 
 
@@ -321,6 +448,9 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
         raise PayloadError(
             f"the update says training_seconds = {message.training_seconds}; expected a number from 0 on"
         )
+    for name, value in (("error", message.error), ("gain", message.gain)):
+        if not math.isfinite(value) or (name == "error" and value < 0):
+            raise PayloadError(f"the update says {name} = {value}; expected a number, and an error of at least 0")
     if not 1 <= len(message.assignment_id.encode()) <= limits.MAX_ID_BYTES:
         raise PayloadError(f"an update names its assignment in 1 to {limits.MAX_ID_BYTES} bytes")
     metrics = {metric.name: metric.value for metric in message.metrics}
@@ -337,25 +467,33 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
         is_partial=message.is_partial,
         training_seconds=message.training_seconds,
         metrics=metrics,
+        error=message.error,
+        gain=message.gain if message.HasField("gain") else 1.0,
     )
 
 
 def _check_header(manifest: Manifest) -> None:
-    if manifest.kind not in (common_pb2.PAYLOAD_KIND_MODEL, common_pb2.PAYLOAD_KIND_UPDATE):
-        raise PayloadError(f"the payload is of the unknown kind {manifest.kind}; expected a model or an update")
+    if manifest.kind not in _KINDS:
+        raise PayloadError(f"the payload is of the unknown kind {manifest.kind}; expected a model, an update or a delta")
     is_update = manifest.kind == common_pb2.PAYLOAD_KIND_UPDATE
+    is_model = manifest.kind == common_pb2.PAYLOAD_KIND_MODEL
     if manifest.model_version < 0:
         raise PayloadError(f"the payload says model version {manifest.model_version}; expected 0 or more")
     if is_update != (manifest.update is not None):
-        raise PayloadError("an update says what work is behind it, and a model does not")
-    if len(manifest.base_digest) != (limits.DIGEST_BYTES if is_update else 0):
-        raise PayloadError("an update names the digest of its base model, and a model names none")
+        raise PayloadError("an update says what work is behind it, and nothing else does")
+    if len(manifest.base_digest) != (0 if is_model else limits.DIGEST_BYTES):
+        raise PayloadError("an update or a delta names the digest of its base model, and a model names none")
     if is_update and not (manifest.run_id and manifest.round >= 1):
         raise PayloadError(
             f"an update belongs to a run and a round from 1 on; here {manifest.run_id!r}, {manifest.round}"
         )
     if not is_update and manifest.round != 0:
-        raise PayloadError(f"a model belongs to no round; here it says {manifest.round}, expected 0")
+        raise PayloadError(f"a model or a delta belongs to no round; here it says {manifest.round}, expected 0")
+    is_raw = all(entry.codec == RAW for entry in manifest.tensors)
+    if len(manifest.result_digest) != (0 if is_update or (is_model and is_raw) else limits.DIGEST_BYTES):
+        raise PayloadError(
+            "a delta, and a model that is not in the raw codec throughout, name the digest of the raw model, and nothing else does"
+        )
 
 
 def _check_sums(manifest: Manifest) -> None:

@@ -136,9 +136,8 @@ class SegmentVerifier:
             if self._num_joined < span.length:
                 return len(part)
         if blake3(segment).digest() != span.digest:
-            name = manifest.tensors[span.tensor_index].spec.name
             raise CorruptError(
-                f"the bytes {span.offset} to {span.end} (tensor {name!r}) do not match their digest; send them again",
+                f"the bytes {span.offset} to {span.end} ({manifest.name_of(span)}) do not match their digest; send them again",
                 offset=span.offset,
             )
         if self._on_segment is not None:

@@ -1,4 +1,4 @@
-"""Writes a payload file in one pass.
+"""Writes a payload file: plans every tensor, then one pass over their values.
 
 The segment table has fixed-width entries, so the manifest's size is known before a segment is encoded: a placeholder first,
 then the segments, then the manifest over the placeholder. A crash in between leaves a file whose preamble does not verify.
@@ -10,14 +10,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import torch
 from blake3 import blake3
 from torch import Tensor
 
-from fed_core.codecs.base import Codec, TileSource
+from fed_core.codecs.base import Encoding, TensorPlan, TileSource
+from fed_core.codecs.raw import RawConfig
 from fed_core.codecs.registry import codec_named
 from fed_core.errors import PayloadError
-from fed_core.payload.limits import DIGEST_BYTES, MAX_BODY_BYTES, MAX_HEAD_BYTES
-from fed_core.payload.manifest import UpdateInfo, pack_preamble, parse_manifest, parse_preamble
+from fed_core.payload.limits import (
+    DIGEST_BYTES,
+    MAX_BODY_BYTES,
+    MAX_BUNDLE_BYTES,
+    MAX_BUNDLED_BYTES,
+    MAX_HEAD_BYTES,
+)
+from fed_core.payload.manifest import RAW, UpdateInfo, pack_bundle, pack_preamble, pack_specs, parse_manifest, parse_preamble
 from fed_core.specs import TensorSpec, to_proto
 from fed_core.tensors import dtype_name, torch_dtype
 from fedstream.v1 import common_pb2, payload_pb2
@@ -25,14 +33,40 @@ from fedstream.v1 import common_pb2, payload_pb2
 OnProgress = Callable[[int, int], None]
 """Called with (raw bytes done, raw bytes in all) after every body."""
 
+OnDecoded = Callable[[TensorSpec, int, Tensor], None]
+"""Called with (spec, first coordinate, what a receiver will decode there), tile by tile, each tensor in order; the tile is good until
+the call returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Sums over the tensors x that were written in a lossy codec and what they decode to, x': |x|^2, <x, x'> and |x - x'|^2."""
+
+    energy: float = 0.0
+    product: float = 0.0
+    squared_error: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """|x - x'|^2 / |x|^2; 0 where x is zero."""
+        return self.squared_error / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def gain(self) -> float:
+        """<x, x'> / |x|^2: below 1 the code shrinks what it carries; 1 where x is zero."""
+        return self.product / self.energy if self.energy > 0 else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: the payload's digest, the length of the file, and what its tensors cost undone."""
+    """What was written: the payload's digest, the length of the file, what its tensors cost undone, what the codec lost, and the
+    number of tensors by codec."""
 
     digest: bytes
     total_bytes: int
     raw_bytes: int
+    fidelity: Fidelity
+    codecs: dict[str, int]
 
 
 def write_payload(
@@ -45,50 +79,83 @@ def write_payload(
     base_digest: bytes,
     update: UpdateInfo | None,
     tensors: Iterable[tuple[TensorSpec, Tensor | TileSource]],
-    codec: str = "raw",
+    encoding: Encoding | None = None,
+    seed: int = 0,
+    result_digest: Callable[[], bytes] | None = None,
+    on_decoded: OnDecoded | None = None,
     on_progress: OnProgress | None = None,
 ) -> Written:
     """Encodes tensors into an empty, seekable file; the caller flushes, fsyncs and renames it.
 
-    A source is the tensor itself, on any device, or a function that gives it tile by tile: memory is then O(tile), whatever the
-    model. Raises PayloadError, before a byte is written, where the manifest would break a limit, and later where a tile is not
-    what its spec says.
+    A source is the tensor itself, on any device, or a function that gives it tile by tile, as often as it is asked. `encoding`
+    (default: raw) plans all tensors first; what is lossy is decoded again as it is written, so that error and gain are measured and not
+    estimated, and go into `update` where there is one. `result_digest` is called when all segments are written: the identity of the model
+    that a delta, or a model in another codec than raw, leads to. Memory: the heads, a bundle of at most 1 MiB, and a few tiles.
+
+    Raises PayloadError, before a byte is written, where the manifest would break a limit, and later where a tile is not what its spec
+    says; and whatever `encoding` raises for tensors that it cannot hold.
     """
-    sources = tuple(tensors)
-    encoder = codec_named(codec)
+    sources = tuple((spec, _tile_source(spec, source)) for spec, source in tensors)
+    raw_bytes = sum(spec.num_bytes for spec, _ in sources)
+    meter = _Meter()
+    writer = _SegmentWriter(sources, raw_bytes, meter, on_decoded, on_progress)
+    plans = (encoding or RawConfig()).plan(sources, seed=seed)
+    assert len(plans) == len(sources), "an encoding plans every tensor"
+
+    codecs = list(dict.fromkeys(plan.codec for plan in plans))
+    is_raw = all(codec == RAW for codec in codecs)
+    specs = payload_pb2.TensorSpecs(specs=[to_proto(spec) for spec, _ in sources])
+    is_lossless_model = kind == common_pb2.PAYLOAD_KIND_MODEL and is_raw
+    bundled = _choose_bundled(sources, plans)
     manifest = payload_pb2.Manifest(
         kind=kind,
         run_id=run_id,
         round=round,
         model_version=model_version,
         base_digest=base_digest,
-        tensors=[_placeholder(spec, encoder) for spec, _ in sources],
-        raw_bytes=sum(spec.num_bytes for spec, _ in sources),
+        # Compressed bytes differ from one zlib to another, and a model's identity may not.
+        specs=specs if is_lossless_model else None,
+        packed_specs=b"" if is_lossless_model else pack_specs(specs),
+        codecs=codecs,
+        tensors=[
+            payload_pb2.TensorEntry(codec=codecs.index(plan.codec), is_bundled=True)
+            if index in bundled
+            else _placeholder(spec, plan, codecs.index(plan.codec))
+            for index, ((spec, _), plan) in enumerate(zip(sources, plans, strict=True))
+        ],
+        bundle=payload_pb2.Segment(encoded_bytes=1, digest=bytes(DIGEST_BYTES)) if bundled else None,
+        raw_bytes=raw_bytes,
         update=update.to_proto() if update is not None else None,
+        result_digest=bytes(DIGEST_BYTES) if result_digest is not None else b"",
     )
-    manifest.encoded_bytes = sum(len(entry.bodies) + entry.HasField("head") for entry in manifest.tensors)
+    manifest.encoded_bytes = bool(bundled) + sum(
+        len(entry.bodies) + entry.HasField("head") for entry in manifest.tensors
+    )
     placeholder = manifest.SerializeToString()
     preamble = pack_preamble(placeholder)
     # The placeholder is itself a valid manifest, of segments of one byte: what a reader would refuse is refused here first.
     parse_manifest(parse_preamble(preamble), placeholder)
     file.write(bytes(len(preamble) + len(placeholder)))
 
-    encoded_bytes = done = 0
-    for (spec, source), entry in zip(sources, manifest.tensors, strict=True):
-        read = _tile_source(spec, source)
-        head = encoder.plan(spec, read)
-        if head is not None:
-            encoded_bytes += _write_segment(file, entry.head, head, MAX_HEAD_BYTES)
-        first = 0
-        for segment in entry.bodies:
-            tile = read(first, segment.num_coordinates)
-            _check_tile(spec, tile, segment.num_coordinates)
-            encoded_bytes += _write_segment(file, segment, encoder.encode(head, tile), MAX_BODY_BYTES)
-            first += segment.num_coordinates
-            done += tile.nbytes
-            if on_progress is not None:
-                on_progress(done, manifest.raw_bytes)
+    encoded_bytes = 0
+    if bundled:
+        bundle = pack_bundle(
+            (plans[index].head or b"", bytes(body)) for index in bundled for _, body in writer.bodies(index, plans[index])
+        )
+        encoded_bytes += _write_segment(file, manifest.bundle, bundle, MAX_BUNDLE_BYTES)
+    for index, (plan, entry) in enumerate(zip(plans, manifest.tensors, strict=True)):
+        if index in bundled:
+            continue
+        if plan.head is not None:
+            encoded_bytes += _write_segment(file, entry.head, plan.head, MAX_HEAD_BYTES)
+        for segment, (_, body) in zip(entry.bodies, writer.bodies(index, plan), strict=True):
+            encoded_bytes += _write_segment(file, segment, body, MAX_BODY_BYTES)
     manifest.encoded_bytes = encoded_bytes
+    fidelity = meter.fidelity()
+    if manifest.HasField("update"):
+        manifest.update.error, manifest.update.gain = fidelity.error, fidelity.gain
+    if result_digest is not None:
+        manifest.result_digest = result_digest()
 
     final = manifest.SerializeToString()
     assert len(final) == len(placeholder), "a manifest's size must not depend on its segments"
@@ -96,19 +163,93 @@ def write_payload(
     file.seek(0)
     file.write(preamble + final)
     file.seek(0, 2)
-    total_bytes = len(preamble) + len(final) + encoded_bytes
-    return Written(parse_preamble(preamble).digest, total_bytes, manifest.raw_bytes)
+    return Written(
+        digest=parse_preamble(preamble).digest,
+        total_bytes=len(preamble) + len(final) + encoded_bytes,
+        raw_bytes=raw_bytes,
+        fidelity=fidelity,
+        codecs={codec: sum(plan.codec == codec for plan in plans) for codec in codecs},
+    )
 
 
-def _placeholder(spec: TensorSpec, codec: Codec) -> payload_pb2.TensorEntry:
+class _Meter:
+    """Adds up what the receiver will be left with."""
+
+    def __init__(self) -> None:
+        self._energy = self._product = self._squared_error = 0.0
+
+    def add(self, values: Tensor, decoded: Tensor) -> None:
+        exact, seen = values.to(torch.float64), decoded.to(torch.float64)
+        self._energy += float(exact.dot(exact))
+        self._product += float(exact.dot(seen))
+        left = exact.sub(seen)
+        self._squared_error += float(left.dot(left))
+
+    def fidelity(self) -> Fidelity:
+        return Fidelity(self._energy, self._product, self._squared_error)
+
+
+class _SegmentWriter:
+    """Encodes the bodies of planned tensors, and sees to it that what they decode to is measured and passed on."""
+
+    def __init__(
+        self,
+        sources: tuple[tuple[TensorSpec, TileSource], ...],
+        raw_bytes: int,
+        meter: _Meter,
+        on_decoded: OnDecoded | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._sources = sources
+        self._raw_bytes = raw_bytes
+        self._meter = meter
+        self._on_decoded = on_decoded
+        self._on_progress = on_progress
+        self._done = 0
+
+    def bodies(self, index: int, plan: TensorPlan) -> Iterable[tuple[int, bytes | memoryview]]:
+        spec, read = self._sources[index]
+        is_lossy = plan.codec != RAW
+        decoder = codec_named(plan.codec).decoder(spec, plan.head) if is_lossy else None
+        for first in range(0, spec.num_elements, plan.body_coordinates):
+            count = min(plan.body_coordinates, spec.num_elements - first)
+            tile = read(first, count)
+            _check_tile(spec, tile, count)
+            body = plan.encode(first, tile)
+            decoded = tile
+            if decoder is not None:
+                decoded = torch.empty_like(tile)
+                decoder.decode(first, body, decoded)
+                self._meter.add(tile, decoded)
+            if self._on_decoded is not None:
+                self._on_decoded(spec, first, decoded)
+            self._done += tile.nbytes
+            if self._on_progress is not None:
+                self._on_progress(self._done, self._raw_bytes)
+            yield first, body
+
+
+def _choose_bundled(sources: tuple[tuple[TensorSpec, TileSource], ...], plans: list[TensorPlan]) -> list[int]:
+    """The tensors whose head and single body fit into 4 KiB, as many as fit into the bundle: decided from plans and specs alone."""
+    chosen: list[int] = []
+    total = 0
+    for index, ((spec, _), plan) in enumerate(zip(sources, plans, strict=True)):
+        if not 1 <= spec.num_elements <= plan.body_coordinates:
+            continue
+        most = len(plan.head or b"") + codec_named(plan.codec).body_bytes(spec, spec.num_elements)[1]
+        if most <= MAX_BUNDLED_BYTES and total + most + 8 <= MAX_BUNDLE_BYTES:
+            chosen.append(index)
+            total += most + 8
+    return chosen
+
+
+def _placeholder(spec: TensorSpec, plan: TensorPlan, codec: int) -> payload_pb2.TensorEntry:
     """An entry of the final size: proto3 leaves out what is zero, so nothing is that will not be."""
     digest = bytes(DIGEST_BYTES)
-    step = codec.body_coordinates(spec.dtype)
-    num_elements = spec.num_elements
+    step, num_elements = plan.body_coordinates, spec.num_elements
     return payload_pb2.TensorEntry(
-        spec=to_proto(spec),
-        codec=codec.kind,
-        head=payload_pb2.Segment(encoded_bytes=1, digest=digest) if codec.has_head else None,
+        codec=codec,
+        head=payload_pb2.Segment(encoded_bytes=1, digest=digest) if plan.head is not None else None,
         bodies=[
             payload_pb2.Segment(encoded_bytes=1, num_coordinates=min(step, num_elements - first), digest=digest)
             for first in range(0, num_elements, step)

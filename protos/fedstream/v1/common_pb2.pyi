@@ -31,6 +31,10 @@ class _PayloadKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PayloadKi
     """A whole model: every shared tensor with its value."""
     PAYLOAD_KIND_UPDATE: _PayloadKind.ValueType  # 2
     """A client's update: floating-point tensors as local minus received, all other tensors as their local value."""
+    PAYLOAD_KIND_DELTA: _PayloadKind.ValueType  # 3
+    """What leads from one version of a model to a later one: floating-point tensors as the difference, all others as their new
+    value.
+    """
 
 class PayloadKind(_PayloadKind, metaclass=_PayloadKindEnumTypeWrapper):
     """What a payload file holds. A reader refuses a kind that it did not ask for."""
@@ -41,6 +45,10 @@ PAYLOAD_KIND_MODEL: PayloadKind.ValueType  # 1
 """A whole model: every shared tensor with its value."""
 PAYLOAD_KIND_UPDATE: PayloadKind.ValueType  # 2
 """A client's update: floating-point tensors as local minus received, all other tensors as their local value."""
+PAYLOAD_KIND_DELTA: PayloadKind.ValueType  # 3
+"""What leads from one version of a model to a later one: floating-point tensors as the difference, all others as their new
+value.
+"""
 Global___PayloadKind: _TypeAlias = PayloadKind  # noqa: Y015
 
 class _TensorRole:

@@ -165,6 +165,38 @@ class HeldAssignment(_message.Message):
 Global___HeldAssignment: _TypeAlias = HeldAssignment  # noqa: Y015
 
 @_typing.final
+class Divergence(_message.Message):
+    """A delta did not lead to the model that it announced. The client has discarded the model that it began from, and will be sent a
+    whole one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNMENT_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    assignment_id: _builtins.str
+    """Assignment whose model was being made."""
+    version: _builtins.int
+    """Version that was to be made."""
+    digest: _builtins.bytes
+    """Identity of the model that came out instead, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        assignment_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "digest", b"digest", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Divergence: _TypeAlias = Divergence  # noqa: Y015
+
+@_typing.final
 class PollAssignmentRequest(_message.Message):
     """A client's state, and its question."""
 
@@ -196,6 +228,8 @@ class PollAssignmentRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     CLIENT_TIME_FIELD_NUMBER: _builtins.int
+    MODEL_DIGESTS_FIELD_NUMBER: _builtins.int
+    DIVERGENCES_FIELD_NUMBER: _builtins.int
     wait_seconds: _builtins.float
     """How long the answer may wait for a change, seconds, 0 to 60. 0 asks for an answer at once."""
     software_version: _builtins.str
@@ -216,6 +250,14 @@ class PollAssignmentRequest(_message.Message):
     def client_time(self) -> _timestamp_pb2.Timestamp:
         """Site's clock when it asked, to show skew. Absence skips the check."""
 
+    @_builtins.property
+    def model_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Identities of the models that the client holds, whole and verified, 32 bytes each; at most 64. The answer builds on them."""
+
+    @_builtins.property
+    def divergences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Divergence]:
+        """What went wrong since the last poll that was answered; at most 64."""
+
     def __init__(
         self,
         *,
@@ -225,14 +267,50 @@ class PollAssignmentRequest(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         software_version: _builtins.str = ...,
         client_time: _timestamp_pb2.Timestamp | None = ...,
+        model_digests: _abc.Iterable[_builtins.bytes] | None = ...,
+        divergences: _abc.Iterable[Global___Divergence] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["client_time", b"client_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_time", b"client_time", "held", b"held", "labels", b"labels", "software_version", b"software_version", "wait_seconds", b"wait_seconds", "workloads", b"workloads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_time", b"client_time", "divergences", b"divergences", "held", b"held", "labels", b"labels", "model_digests", b"model_digests", "software_version", b"software_version", "wait_seconds", b"wait_seconds", "workloads", b"workloads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PollAssignmentRequest: _TypeAlias = PollAssignmentRequest  # noqa: Y015
+
+@_typing.final
+class ModelRef(_message.Message):
+    """A model, and how to come by it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    """Its identity: the digest of its payload in the raw codec, 32 bytes."""
+    version: _builtins.int
+    """Its version in the run."""
+    @_builtins.property
+    def payloads(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PayloadRef]:
+        """Payloads to fetch and to apply in this order: whole models, and deltas each of which begins at a model that the client holds or
+        at the result of the one before. At most 1024; none where the client holds the model already.
+        """
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.bytes = ...,
+        version: _builtins.int = ...,
+        payloads: _abc.Iterable[_common_pb2.PayloadRef] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "payloads", b"payloads", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelRef: _TypeAlias = ModelRef  # noqa: Y015
 
 @_typing.final
 class Assignment(_message.Message):
@@ -247,10 +325,9 @@ class Assignment(_message.Message):
     WORKLOAD_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
-    MODEL_VERSION_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
-    CODEC_FIELD_NUMBER: _builtins.int
+    UPLINK_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Identity of the work and of the update it leads to."""
     run_id: _builtins.str
@@ -263,21 +340,21 @@ class Assignment(_message.Message):
     """Hash of names, shapes, dtypes and roles of the shared tensors, 32 bytes. The site compares it with its own model's before
     it trains and explains a difference.
     """
-    model_version: _builtins.int
-    """Version number of that model."""
     deadline_seconds: _builtins.float
     """Seconds until the round's deadline when the answer was made; 0 where there is none. Information only: the coordinator
     decides.
     """
-    codec: _builtins.str
-    """Codec to encode the update with, a key of the codec table."""
+    uplink: _builtins.str
+    """How to encode the update: the config of a codec as JSON, such as {"kind": "auto", "target_error": 0.1}; at most 4 KiB. Set for
+    TRAIN.
+    """
     @_builtins.property
     def workload(self) -> _common_pb2.WorkloadOffer:
         """Workload to use; the site offered it."""
 
     @_builtins.property
-    def model(self) -> _common_pb2.PayloadRef:
-        """The model to start from."""
+    def model(self) -> Global___ModelRef:
+        """The model to start from. A later answer may name other payloads for the same assignment, after the client's models changed."""
 
     @_builtins.property
     def plan(self) -> _common_pb2.TrainingPlan:
@@ -292,15 +369,14 @@ class Assignment(_message.Message):
         kind: _common_pb2.AssignmentKind.ValueType = ...,
         workload: _common_pb2.WorkloadOffer | None = ...,
         fingerprint: _builtins.bytes = ...,
-        model: _common_pb2.PayloadRef | None = ...,
-        model_version: _builtins.int = ...,
+        model: Global___ModelRef | None = ...,
         plan: _common_pb2.TrainingPlan | None = ...,
         deadline_seconds: _builtins.float = ...,
-        codec: _builtins.str = ...,
+        uplink: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "codec", b"codec", "deadline_seconds", b"deadline_seconds", "fingerprint", b"fingerprint", "kind", b"kind", "model", b"model", "model_version", b"model_version", "plan", b"plan", "round", b"round", "run_id", b"run_id", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "deadline_seconds", b"deadline_seconds", "fingerprint", b"fingerprint", "kind", b"kind", "model", b"model", "plan", b"plan", "round", b"round", "run_id", b"run_id", "uplink", b"uplink", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fedstream.v1 import common_pb2 as fedstream_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64stream/v1/payload.proto\x12\x0c\x66\x65\x64stream.v1\x1a\x19\x66\x65\x64stream/v1/common.proto\"I\n\x07Segment\x12\x15\n\rencoded_bytes\x18\x01 \x01(\x07\x12\x17\n\x0fnum_coordinates\x18\x02 \x01(\x07\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\x90\x01\n\x0bTensorEntry\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x18.fedstream.v1.TensorSpec\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12#\n\x04head\x18\x03 \x01(\x0b\x32\x15.fedstream.v1.Segment\x12%\n\x06\x62odies\x18\x04 \x03(\x0b\x32\x15.fedstream.v1.Segment\"\xb8\x01\n\nUpdateInfo\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x14\n\x0cnum_examples\x18\x02 \x01(\x03\x12\x15\n\rcustom_weight\x18\x03 \x01(\x03\x12\x11\n\tnum_steps\x18\x04 \x01(\x03\x12\x12\n\nis_partial\x18\x05 \x01(\x08\x12\x18\n\x10training_seconds\x18\x06 \x01(\x01\x12%\n\x07metrics\x18\x07 \x03(\x0b\x32\x14.fedstream.v1.Metric\"\xfe\x01\n\x08Manifest\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.fedstream.v1.PayloadKind\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x15\n\rmodel_version\x18\x04 \x01(\x03\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\x0c\x12*\n\x07tensors\x18\x06 \x03(\x0b\x32\x19.fedstream.v1.TensorEntry\x12\x11\n\traw_bytes\x18\x07 \x01(\x06\x12\x15\n\rencoded_bytes\x18\x08 \x01(\x06\x12(\n\x06update\x18\t \x01(\x0b\x32\x18.fedstream.v1.UpdateInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64stream/v1/payload.proto\x12\x0c\x66\x65\x64stream.v1\x1a\x19\x66\x65\x64stream/v1/common.proto\"I\n\x07Segment\x12\x15\n\rencoded_bytes\x18\x01 \x01(\x07\x12\x17\n\x0fnum_coordinates\x18\x02 \x01(\x07\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"|\n\x0bTensorEntry\x12\r\n\x05\x63odec\x18\x01 \x01(\r\x12#\n\x04head\x18\x02 \x01(\x0b\x32\x15.fedstream.v1.Segment\x12%\n\x06\x62odies\x18\x03 \x03(\x0b\x32\x15.fedstream.v1.Segment\x12\x12\n\nis_bundled\x18\x04 \x01(\x08\"6\n\x0bTensorSpecs\x12\'\n\x05specs\x18\x01 \x03(\x0b\x32\x18.fedstream.v1.TensorSpec\"\xf2\x01\n\nUpdateInfo\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x14\n\x0cnum_examples\x18\x02 \x01(\x03\x12\x15\n\rcustom_weight\x18\x03 \x01(\x03\x12\x11\n\tnum_steps\x18\x04 \x01(\x03\x12\x12\n\nis_partial\x18\x05 \x01(\x08\x12\x18\n\x10training_seconds\x18\x06 \x01(\x01\x12%\n\x07metrics\x18\x07 \x03(\x0b\x32\x14.fedstream.v1.Metric\x12\x12\n\x05\x65rror\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04gain\x18\t \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_errorB\x07\n\x05_gain\"\x8c\x03\n\x08Manifest\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.fedstream.v1.PayloadKind\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x15\n\rmodel_version\x18\x04 \x01(\x03\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\x0c\x12(\n\x05specs\x18\x06 \x01(\x0b\x32\x19.fedstream.v1.TensorSpecs\x12\x14\n\x0cpacked_specs\x18\x07 \x01(\x0c\x12\x0e\n\x06\x63odecs\x18\x08 \x03(\t\x12*\n\x07tensors\x18\t \x03(\x0b\x32\x19.fedstream.v1.TensorEntry\x12%\n\x06\x62undle\x18\n \x01(\x0b\x32\x15.fedstream.v1.Segment\x12\x11\n\traw_bytes\x18\x0b \x01(\x06\x12\x15\n\rencoded_bytes\x18\x0c \x01(\x06\x12(\n\x06update\x18\r \x01(\x0b\x32\x18.fedstream.v1.UpdateInfo\x12\x15\n\rresult_digest\x18\x0e \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SEGMENT']._serialized_start=71
   _globals['_SEGMENT']._serialized_end=144
-  _globals['_TENSORENTRY']._serialized_start=147
-  _globals['_TENSORENTRY']._serialized_end=291
-  _globals['_UPDATEINFO']._serialized_start=294
-  _globals['_UPDATEINFO']._serialized_end=478
-  _globals['_MANIFEST']._serialized_start=481
-  _globals['_MANIFEST']._serialized_end=735
+  _globals['_TENSORENTRY']._serialized_start=146
+  _globals['_TENSORENTRY']._serialized_end=270
+  _globals['_TENSORSPECS']._serialized_start=272
+  _globals['_TENSORSPECS']._serialized_end=326
+  _globals['_UPDATEINFO']._serialized_start=329
+  _globals['_UPDATEINFO']._serialized_end=571
+  _globals['_MANIFEST']._serialized_start=574
+  _globals['_MANIFEST']._serialized_end=970
 # @@protoc_insertion_point(module_scope)

@@ -326,8 +326,8 @@ class Traffic(_message.Message):
     payload_bytes: _builtins.int
     """Payload bytes that were asked for, each transfer counted once."""
     wire_bytes: _builtins.int
-    """Bytes of chunks really moved, repeats after a broken stream included. Message and HTTP/2 framing (under 0.1 %) are not
-    counted.
+    """Bytes of bulk messages handed to or taken from the connection, repeats after a broken stream and gRPC's message framing
+    included; HTTP/2, TLS and TCP (together under 1 % of a large transfer) are not.
     """
     def __init__(
         self,
@@ -343,6 +343,58 @@ class Traffic(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Traffic: _TypeAlias = Traffic  # noqa: Y015
+
+@_typing.final
+class Fidelity(_message.Message):
+    """What a lossy encoding cost, measured by the sender over the tensors in a lossy codec."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TensorsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ERROR_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    error: _builtins.float
+    """|x - x'|^2 / |x|^2 for what was to be sent, x, and what it decodes to, x'. 0 where the codec is lossless."""
+    gain: _builtins.float
+    """<x, x'> / |x|^2: below 1 the code shrinks what is sent. 1 where the codec is lossless."""
+    @_builtins.property
+    def tensors(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Tensors by the codec that they were sent in, such as "lrq"."""
+
+    def __init__(
+        self,
+        *,
+        error: _builtins.float = ...,
+        gain: _builtins.float = ...,
+        tensors: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "gain", b"gain", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fidelity: _TypeAlias = Fidelity  # noqa: Y015
 
 @_typing.final
 class RoundClient(_message.Message):
@@ -369,6 +421,8 @@ class RoundClient(_message.Message):
     UPLINK_FIELD_NUMBER: _builtins.int
     TRAINING_SECONDS_FIELD_NUMBER: _builtins.int
     IS_ALIVE_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
+    HAS_DIVERGED_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Assignment that it got."""
     client_id: _builtins.str
@@ -401,6 +455,8 @@ class RoundClient(_message.Message):
     """Seconds that it trained."""
     is_alive: _builtins.bool
     """True where it polled or reported within the lease."""
+    has_diverged: _builtins.bool
+    """True where a delta did not give it the model that it should have; it was sent a whole one."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
         """Its metrics: training metrics for a training assignment, evaluation metrics for an evaluation."""
@@ -412,6 +468,10 @@ class RoundClient(_message.Message):
     @_builtins.property
     def uplink(self) -> Global___Traffic:
         """From it to the coordinator."""
+
+    @_builtins.property
+    def fidelity(self) -> Global___Fidelity:
+        """What its codec cost. Absent until an update was received."""
 
     def __init__(
         self,
@@ -435,10 +495,12 @@ class RoundClient(_message.Message):
         uplink: Global___Traffic | None = ...,
         training_seconds: _builtins.float = ...,
         is_alive: _builtins.bool = ...,
+        fidelity: Global___Fidelity | None = ...,
+        has_diverged: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "uplink", b"uplink"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "fidelity", b"fidelity", "uplink", b"uplink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "assignment_kind", b"assignment_kind", "client_id", b"client_id", "client_name", b"client_name", "done", b"done", "downlink", b"downlink", "eta_seconds", b"eta_seconds", "is_alive", b"is_alive", "is_partial", b"is_partial", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "phase", b"phase", "reason", b"reason", "state", b"state", "total", b"total", "training_seconds", b"training_seconds", "uplink", b"uplink", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "assignment_kind", b"assignment_kind", "client_id", b"client_id", "client_name", b"client_name", "done", b"done", "downlink", b"downlink", "eta_seconds", b"eta_seconds", "fidelity", b"fidelity", "has_diverged", b"has_diverged", "is_alive", b"is_alive", "is_partial", b"is_partial", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "phase", b"phase", "reason", b"reason", "state", b"state", "total", b"total", "training_seconds", b"training_seconds", "uplink", b"uplink", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,6 +635,8 @@ class ModelVersion(_message.Message):
     IS_BEST_FIELD_NUMBER: _builtins.int
     CREATED_TIME_FIELD_NUMBER: _builtins.int
     FILE_BYTES_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
+    DELTA_BYTES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Number; 0 is what the run began from."""
     round: _builtins.int
@@ -591,6 +655,8 @@ class ModelVersion(_message.Message):
     """True where it is the best so far."""
     file_bytes: _builtins.int
     """Length of its safetensors file in bytes."""
+    delta_bytes: _builtins.int
+    """Bytes of that delta; 0 where there is none."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
         """Metrics measured on it."""
@@ -598,6 +664,12 @@ class ModelVersion(_message.Message):
     @_builtins.property
     def created_time(self) -> _timestamp_pb2.Timestamp:
         """When it was committed."""
+
+    @_builtins.property
+    def fidelity(self) -> Global___Fidelity:
+        """What its broadcast cost: the delta from its parent, against the change of the parameters in its round. What is left out is carried
+        into the next version. Absent for version 0 and where every version is sent whole.
+        """
 
     def __init__(
         self,
@@ -613,10 +685,12 @@ class ModelVersion(_message.Message):
         is_best: _builtins.bool = ...,
         created_time: _timestamp_pb2.Timestamp | None = ...,
         file_bytes: _builtins.int = ...,
+        fidelity: Global___Fidelity | None = ...,
+        delta_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "fidelity", b"fidelity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "digest", b"digest", "file_bytes", b"file_bytes", "is_available", b"is_available", "is_best", b"is_best", "metrics", b"metrics", "num_examples", b"num_examples", "num_updates", b"num_updates", "parent_version", b"parent_version", "round", b"round", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "delta_bytes", b"delta_bytes", "digest", b"digest", "fidelity", b"fidelity", "file_bytes", b"file_bytes", "is_available", b"is_available", "is_best", b"is_best", "metrics", b"metrics", "num_examples", b"num_examples", "num_updates", b"num_updates", "parent_version", b"parent_version", "round", b"round", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
