@@ -1,0 +1,276 @@
+"""2 to 8 bits per coordinate on a uniform grid, one scale per block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from fed_core.codecs.base import TensorPlan, TileSource
+from fed_core.codecs.config import CodecTable
+from fed_core.codecs.floating import TILE, check_lossy, is_lossy, narrow
+from fed_core.codecs.raw import raw_plan
+from fed_core.errors import PayloadError
+from fed_core.payload.limits import MAX_BODY_BYTES, MAX_BODY_COORDINATES
+from fed_core.specs import TensorSpec
+from fed_core.tensors import torch_dtype
+
+Rounding = Literal["nearest", "stochastic"]
+BlockLength = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
+
+MIN_BITS: Final = 2
+MAX_BITS: Final = 8
+_MIN_LOG_BLOCK: Final = 5
+_MAX_LOG_BLOCK: Final = 16
+_HEADER_BYTES: Final = 2
+# The upper half of a float32: sign 0, exponent, 7 bits of mantissa.
+_LEAST_SCALE: Final = 0x0080  # 2^-126: no product is denormal, and no machine's way of flushing those matters
+_INFINITE_SCALE: Final = 0x7F80
+# The fields that make up an integer of so many bits, lowest first; each is packed by itself, several to a byte.
+_FIELDS: Final = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+class UniformCodec:
+    """A body is two bytes (bits, log2 of the block length), a scale of two bytes per block, and the integers.
+
+    The value of a coordinate is k * scale, exact in float32, with |k| <= 2^(bits-1) - 1. A scale is the upper half of a float32: 0,
+    or a normal number with 8 bits of mantissa. The integers k + 2^(bits-1) follow in units of 2^16 coordinates. Within a unit each
+    is cut into fields of 1, 2, 4 or 8 bits, lowest first, and a field of w bits is packed in planes: byte j of h =
+    ceil(length * w / 8) holds, from its lowest bits on, that of the coordinates j, j + h, j + 2h and so on. So packing is shifts of
+    whole runs.
+    """
+
+    kind = "uniform"
+    has_head = False
+
+    def body_bytes(self, spec: TensorSpec, num_coordinates: int) -> tuple[int, int]:
+        """From 2 bits in the longest blocks to 8 in the shortest."""
+        check_lossy(self.kind, spec)
+        least = _body_bytes(num_coordinates, MIN_BITS, 2**_MAX_LOG_BLOCK)
+        most = _body_bytes(num_coordinates, MAX_BITS, 2**_MIN_LOG_BLOCK)
+        return least, min(most, MAX_BODY_BYTES)
+
+    def decoder(self, spec: TensorSpec, head: bytes | memoryview | None) -> _UniformDecoder:
+        """The same for every tensor of a floating type."""
+        check_lossy(self.kind, spec, head)
+        return _UniformDecoder()
+
+
+class _UniformDecoder:
+    def decode(self, first: int, body: bytes | memoryview, out: Tensor) -> None:
+        """Unpacks, widens and scales tile by tile, in `out` itself where it is float32."""
+        bits, block, scales, packed = _read_body(body, len(out))
+        shifted = np.empty(min(TILE, len(out)), np.uint8)
+        integers = torch.from_numpy(shifted.view(np.int8))
+        scratch = torch.empty(len(shifted)) if out.dtype is not torch.float32 else None
+        for start in range(0, len(out), TILE):
+            tile = out[start : start + TILE]
+            size = _packed_bytes(len(tile), bits)
+            _unpack(packed[:size], bits, shifted[: len(tile)])
+            packed = packed[size:]
+            values = tile if scratch is None else scratch[: len(tile)]
+            values.copy_(integers[: len(tile)])
+            for part, scale in _blocks(values, block, scales[start // block :]):
+                part.mul_(scale)
+            if values is not tile:
+                tile.copy_(values)
+
+
+def uniform_plan(
+    spec: TensorSpec,
+    source: TileSource,
+    *,
+    bits: int = 8,
+    block: int = 1024,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+) -> TensorPlan:
+    """Bodies of 2^20 coordinates, or of 983,040 where those would exceed 1 MiB. The source is not read here.
+
+    The scale of a block is its largest absolute value over 2^(bits-1) - 1, rounded up to 8 bits of mantissa and to no less than
+    2^-126; rounded down where the largest product would otherwise leave the tensor's type. "nearest" errs by at most half a scale
+    (by up to one in that last case). "stochastic" (QSGD, Alistarh et al. 2017, https://arxiv.org/abs/1610.02132, with the largest
+    value in place of the norm) errs by less than one, and by less than 2^-16 of one on average: it rounds by 16 random bits per
+    coordinate, from Philox keyed by seed, tensor and coordinate, so that encoding again gives the same bits. A float16 or
+    bfloat16 tensor adds the rounding to its own type.
+
+    The plan's `encode` raises InvalidError, naming the tensor, where a float64 value is beyond float32. Its memory beside the body:
+    some 0.5 MiB.
+    """
+    ceiling = min(torch.finfo(torch_dtype(spec.dtype)).max, torch.finfo(torch.float32).max)
+    levels = 2 ** (bits - 1) - 1
+    key = int.from_bytes(blake3(f"{seed}/{spec.name}".encode()).digest(16), "little")
+
+    def encode(first: int, tile: Tensor) -> memoryview:
+        body = np.empty(_body_bytes(len(tile), bits, block), np.uint8)
+        body[:_HEADER_BYTES] = bits, block.bit_length() - 1
+        num_blocks = -(-len(tile) // block)
+        scales = np.frombuffer(body.data, np.uint16, num_blocks, _HEADER_BYTES)
+        packed = body[_HEADER_BYTES + 2 * num_blocks :]
+        scratch = torch.empty(min(TILE, len(tile)))
+        integers = torch.empty(len(scratch), dtype=torch.int8)
+        for start in range(0, len(tile), TILE):
+            values = narrow(spec.name, tile[start : start + TILE], torch.float32)
+            multiples = scratch[: len(values)]
+            mine = scales[start // block :][: -(-len(values) // block)]
+            mine[:] = _choose_scales(torch.abs(values, out=multiples), block, levels, ceiling)
+            # A block of zeros has the scale 0; any other number divides it as well.
+            for part, scale in _blocks(multiples.copy_(values), block, _as_floats(np.maximum(mine, _LEAST_SCALE))):
+                part.div_(scale)
+            if rounding == "stochastic":
+                multiples.add_(_dither(key, first + start, len(values))).floor_()
+            else:
+                multiples.round_()
+            whole = integers[: len(values)].copy_(multiples.clamp_(-levels, levels))
+            size = _packed_bytes(len(values), bits)
+            _pack(whole.numpy().view(np.uint8), bits, packed[:size])
+            packed = packed[size:]
+        return body.data
+
+    fitting = (n for n in range(MAX_BODY_COORDINATES, 0, -TILE) if _body_bytes(n, bits, block) <= MAX_BODY_BYTES)
+    return TensorPlan(UniformCodec.kind, None, next(fitting), encode)
+
+
+class UniformConfig(CodecTable):
+    """A grid of 2^bits - 1 values per block, with zero in the middle."""
+
+    kind: Literal["uniform"] = Field(
+        default="uniform", description="Integers of a few bits and a scale per block: fast, the size known beforehand."
+    )
+    bits: int = Field(
+        default=8,
+        ge=MIN_BITS,
+        le=MAX_BITS,
+        description="Bits per coordinate. 8 is a quarter of float32; 4 an eighth, much coarser.",
+    )
+    block: BlockLength = Field(
+        default=1024,
+        description="Coordinates that share a scale, a power of two from 32 to 65536. A scale costs 16 bits; short blocks follow "
+        "the values more closely, which pays below 8 bits.",
+    )
+    rounding: Rounding = Field(
+        default="nearest",
+        description="nearest has the smaller error in one update; stochastic has one that is zero on average and cancels over many "
+        "clients.",
+    )
+
+    def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
+        """Every floating tensor by this codec, the others raw. The seed rules stochastic rounding."""
+        return [
+            uniform_plan(spec, source, bits=self.bits, block=self.block, rounding=self.rounding, seed=seed)
+            if is_lossy(spec)
+            else raw_plan(spec, source)
+            for spec, source in tensors
+        ]
+
+
+def _packed_bytes(num_coordinates: int, bits: int) -> int:
+    """Size of the integers of one unit."""
+    return sum(-(-num_coordinates * width // 8) for width in _FIELDS[bits])
+
+
+def _body_bytes(num_coordinates: int, bits: int, block: int) -> int:
+    num_units, last = divmod(num_coordinates, TILE)
+    packed = num_units * _packed_bytes(TILE, bits) + _packed_bytes(last, bits)
+    return _HEADER_BYTES + 2 * -(-num_coordinates // block) + packed
+
+
+class _Body(NamedTuple):
+    bits: int
+    block: int
+    scales: NDArray[np.float32]
+    packed: NDArray[np.uint8]
+
+
+def _read_body(body: bytes | memoryview, num_coordinates: int) -> _Body:
+    """The parts of a body, the integers still packed. Raises PayloadError on a size or scale that cannot be."""
+    if len(body) < _HEADER_BYTES:
+        raise PayloadError(f"a uniform body of {len(body)} bytes; its header alone has {_HEADER_BYTES}")
+    bits, log_block = body[0], body[1]
+    if bits not in _FIELDS:
+        raise PayloadError(f"a uniform body of {bits} bits; expected {MIN_BITS} to {MAX_BITS}")
+    if not _MIN_LOG_BLOCK <= log_block <= _MAX_LOG_BLOCK:
+        raise PayloadError(f"blocks of 2^{log_block} coordinates; expected 2^{_MIN_LOG_BLOCK} to 2^{_MAX_LOG_BLOCK}")
+    expected = _body_bytes(num_coordinates, bits, 2**log_block)
+    if len(body) != expected:
+        raise PayloadError(f"a uniform body of {len(body)} bytes; expected {expected}")
+    num_blocks = -(-num_coordinates // 2**log_block)
+    scales = np.frombuffer(body, np.uint16, num_blocks, _HEADER_BYTES)
+    is_good = (scales == 0) | (scales >= _LEAST_SCALE) & (scales < _INFINITE_SCALE)
+    if not is_good.all():
+        raise PayloadError(f"the scale {scales[~is_good][0]:#06x}; expected 0, or {_LEAST_SCALE:#06x} to 0x7f7f")
+    packed = np.frombuffer(body, np.uint8, offset=_HEADER_BYTES + 2 * num_blocks)
+    return _Body(bits, 2**log_block, _as_floats(scales), packed)
+
+
+def _as_floats(scales: NDArray[np.uint16]) -> NDArray[np.float32]:
+    floats: NDArray[np.float32] = (scales.astype(np.uint32) << 16).view(np.float32)
+    return floats
+
+
+def _blocks(values: Tensor, block: int, scales: NDArray[np.float32]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The whole blocks as a matrix, and the last one that is shorter, each with a column of its scales."""
+    num_whole = len(values) // block
+    if num_whole:
+        yield values[: num_whole * block].view(num_whole, block), torch.from_numpy(scales[:num_whole, None])
+    if len(values) % block:
+        yield values[num_whole * block :].view(1, -1), torch.from_numpy(scales[num_whole : num_whole + 1, None])
+
+
+def _choose_scales(magnitudes: Tensor, block: int, levels: int, ceiling: float) -> NDArray[np.uint16]:
+    """The upper halves of the smallest scales whose `levels`-fold reaches the largest magnitude of each block."""
+    num_whole = len(magnitudes) // block
+    largest = np.zeros(-(-len(magnitudes) // block), np.float32)
+    if num_whole:
+        largest[:num_whole] = magnitudes[: num_whole * block].view(num_whole, block).amax(1).numpy()
+    if num_whole < len(largest):
+        largest[num_whole] = magnitudes[num_whole * block :].max()
+    halves = ((largest / np.float32(levels)).view(np.uint32) + 0xFFFF) >> 16
+    halves = np.where(largest > 0, np.maximum(halves, _LEAST_SCALE), 0)
+    is_beyond = (halves << 16).view(np.float32).astype(np.float64) * levels > ceiling
+    return (halves - is_beyond).astype(np.uint16)
+
+
+def _dither(key: int, first: int, num_coordinates: int) -> Tensor:
+    """Uniform on (0, 1) by 16 bits, the same for the same coordinates; the counter's words leave 2^66 numbers to each tile."""
+    words = np.random.Philox(key=key, counter=first << 64).random_raw(-(-num_coordinates // 4))
+    numbers = words.view(np.uint16)[:num_coordinates].astype(np.float32)
+    return torch.from_numpy(numbers).add_(0.5).mul_(2.0**-16)
+
+
+def _pack(integers: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> None:
+    """Packs one unit of integers, given in two's complement; changes them."""
+    integers += np.uint8(2 ** (bits - 1))
+    for width in _FIELDS[bits]:
+        num_bytes = -(-len(integers) * width // 8)
+        packed, out = out[:num_bytes], out[num_bytes:]
+        packed[:] = integers[:num_bytes]
+        if width < 8:
+            packed &= np.uint8(2**width - 1)
+            for shift in range(width, 8, width):
+                plane = integers[shift // width * num_bytes :][:num_bytes] & np.uint8(2**width - 1)
+                packed[: len(plane)] |= plane << np.uint8(shift)
+            integers = integers >> np.uint8(width)
+
+
+def _unpack(packed: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> None:
+    """Unpacks one unit into two's complement."""
+    position = 0
+    for width in _FIELDS[bits]:
+        num_bytes = -(-len(out) * width // 8)
+        field, packed = packed[:num_bytes], packed[num_bytes:]
+        for shift in range(0, 8, width):
+            plane = out[shift // width * num_bytes :][:num_bytes]
+            values = (field[: len(plane)] >> np.uint8(shift)) & np.uint8(2**width - 1)
+            if position:
+                plane |= values << np.uint8(position)
+            else:
+                plane[:] = values
+        position += width
+    out -= np.uint8(2 ** (bits - 1))
