@@ -108,21 +108,20 @@ def uniform_plan(
     key = int.from_bytes(blake3(f"{seed}/{spec.name}".encode()).digest(16), "little")
 
     def encode(first: int, tile: Tensor) -> memoryview:
+        scales = _choose_scales(_largest_of_blocks(spec.name, tile, block), levels, ceiling)
         body = np.empty(_body_bytes(len(tile), bits, block), np.uint8)
         body[:_HEADER_BYTES] = bits, block.bit_length() - 1
-        num_blocks = -(-len(tile) // block)
-        scales = np.frombuffer(body.data, np.uint16, num_blocks, _HEADER_BYTES)
-        packed = body[_HEADER_BYTES + 2 * num_blocks :]
+        packed = body[_HEADER_BYTES + scales.nbytes :]
+        body[_HEADER_BYTES : -len(packed)] = scales.view(np.uint8)
+        # A block of zeros has the scale 0; any other number divides it as well.
+        divisors = _as_floats(np.maximum(scales, _LEAST_SCALE))
         scratch = torch.empty(min(TILE, len(tile)))
         integers = torch.empty(len(scratch), dtype=torch.int8)
         for start in range(0, len(tile), TILE):
-            values = narrow(spec.name, tile[start : start + TILE], torch.float32)
-            multiples = scratch[: len(values)]
-            mine = scales[start // block :][: -(-len(values) // block)]
-            mine[:] = _choose_scales(torch.abs(values, out=multiples), block, levels, ceiling)
-            # A block of zeros has the scale 0; any other number divides it as well.
-            for part, scale in _blocks(multiples.copy_(values), block, _as_floats(np.maximum(mine, _LEAST_SCALE))):
-                part.div_(scale)
+            values = tile[start : start + TILE]
+            multiples = scratch[: len(values)].copy_(values)
+            for part, divisor in _blocks(multiples, block, divisors[start // block :]):
+                part.div_(divisor)
             if rounding == "stochastic":
                 multiples.add_(_dither(key, first + start, len(values))).floor_()
             else:
@@ -184,7 +183,7 @@ def _body_bytes(num_coordinates: int, bits: int, block: int) -> int:
 class _Body(NamedTuple):
     bits: int
     block: int
-    scales: NDArray[np.float32]
+    scales: Tensor
     packed: NDArray[np.uint8]
 
 
@@ -209,28 +208,32 @@ def _read_body(body: bytes | memoryview, num_coordinates: int) -> _Body:
     return _Body(bits, 2**log_block, _as_floats(scales), packed)
 
 
-def _as_floats(scales: NDArray[np.uint16]) -> NDArray[np.float32]:
-    floats: NDArray[np.float32] = (scales.astype(np.uint32) << 16).view(np.float32)
-    return floats
+def _as_floats(scales: NDArray[np.uint16]) -> Tensor:
+    return torch.from_numpy((scales.astype(np.uint32) << 16).view(np.float32))
 
 
-def _blocks(values: Tensor, block: int, scales: NDArray[np.float32]) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(values: Tensor, block: int, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The whole blocks as a matrix, and the last one that is shorter, each with a column of its scales."""
     num_whole = len(values) // block
     if num_whole:
-        yield values[: num_whole * block].view(num_whole, block), torch.from_numpy(scales[:num_whole, None])
+        yield values[: num_whole * block].view(num_whole, block), scales[:num_whole, None]
     if len(values) % block:
-        yield values[num_whole * block :].view(1, -1), torch.from_numpy(scales[num_whole : num_whole + 1, None])
+        yield values[num_whole * block :].view(1, -1), scales[num_whole : num_whole + 1, None]
 
 
-def _choose_scales(magnitudes: Tensor, block: int, levels: int, ceiling: float) -> NDArray[np.uint16]:
-    """The upper halves of the smallest scales whose `levels`-fold reaches the largest magnitude of each block."""
-    num_whole = len(magnitudes) // block
-    largest = np.zeros(-(-len(magnitudes) // block), np.float32)
-    if num_whole:
-        largest[:num_whole] = magnitudes[: num_whole * block].view(num_whole, block).amax(1).numpy()
-    if num_whole < len(largest):
-        largest[num_whole] = magnitudes[num_whole * block :].max()
+def _largest_of_blocks(name: str, tile: Tensor, block: int) -> NDArray[np.float32]:
+    """The largest absolute value of each block. Raises InvalidError where one is beyond float32."""
+    largest = torch.zeros(-(-len(tile) // block))
+    for start in range(0, len(tile), TILE):
+        values = narrow(name, tile[start : start + TILE], torch.float32)
+        mine = largest[start // block :]
+        for part, result in _blocks(values, block, mine):
+            torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True), out=result)
+    return largest.numpy()
+
+
+def _choose_scales(largest: NDArray[np.float32], levels: int, ceiling: float) -> NDArray[np.uint16]:
+    """The upper halves of the smallest scales that reach the largest values in `levels` steps, and stay below the ceiling there."""
     halves = ((largest / np.float32(levels)).view(np.uint32) + 0xFFFF) >> 16
     halves = np.where(largest > 0, np.maximum(halves, _LEAST_SCALE), 0)
     is_beyond = (halves << 16).view(np.float32).astype(np.float64) * levels > ceiling
@@ -249,28 +252,25 @@ def _pack(integers: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> Non
     integers += np.uint8(2 ** (bits - 1))
     for width in _FIELDS[bits]:
         num_bytes = -(-len(integers) * width // 8)
-        packed, out = out[:num_bytes], out[num_bytes:]
-        packed[:] = integers[:num_bytes]
-        if width < 8:
-            packed &= np.uint8(2**width - 1)
-            for shift in range(width, 8, width):
-                plane = integers[shift // width * num_bytes :][:num_bytes] & np.uint8(2**width - 1)
-                packed[: len(plane)] |= plane << np.uint8(shift)
-            integers = integers >> np.uint8(width)
+        field, out = out[:num_bytes], out[num_bytes:]
+        mask = np.uint8(2**width - 1)
+        np.bitwise_and(integers[:num_bytes], mask, out=field)
+        for shift in range(width, 8, width):
+            plane = integers[shift // width * num_bytes :][:num_bytes] & mask
+            # To the left by a product: numpy's shift is several times slower.
+            field[: len(plane)] |= plane * np.uint8(2**shift)
+        integers = integers >> np.uint8(width % 8)
 
 
 def _unpack(packed: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> None:
     """Unpacks one unit into two's complement."""
+    out.fill(-(2 ** (bits - 1)) % 256)
     position = 0
     for width in _FIELDS[bits]:
         num_bytes = -(-len(out) * width // 8)
         field, packed = packed[:num_bytes], packed[num_bytes:]
         for shift in range(0, 8, width):
             plane = out[shift // width * num_bytes :][:num_bytes]
-            values = (field[: len(plane)] >> np.uint8(shift)) & np.uint8(2**width - 1)
-            if position:
-                plane |= values << np.uint8(position)
-            else:
-                plane[:] = values
+            digits = (field[: len(plane)] >> np.uint8(shift)) & np.uint8(2**width - 1)
+            plane += digits * np.uint8(2**position) if position else digits
         position += width
-    out -= np.uint8(2 ** (bits - 1))
