@@ -77,10 +77,10 @@ class _MaskDecoder:
         memory = _unsigned(out)
         for start in range(0, len(out), TILE):
             where = np.flatnonzero(survives[start : start + TILE])
-            size = len(where) * value_bytes
-            typed = torch.from_numpy(values[:size].copy()).view(torch_dtype(_TYPES[type_index]))
+            typed = torch.empty(len(where), dtype=torch_dtype(_TYPES[type_index]))
+            typed.view(torch.uint8).numpy()[:] = values[: typed.nbytes]
+            values = values[typed.nbytes :]
             memory[start : start + TILE][where] = _unsigned(typed.to(out.dtype))
-            values = values[size:]
 
 
 def mask_plan(spec: TensorSpec, source: TileSource, *, values: ValueType) -> TensorPlan:
