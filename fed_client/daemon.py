@@ -2,6 +2,7 @@
 
     main       waits for signals, writes status.json
     poll       asks for work (session.py)
+    cache      verifies the models of an earlier life, then ends (cache.py)
     work       fetches, trains, spools (worker.py); starts the trainer processes, which die with this thread
     upload     delivers the spool (worker.py)
     progress   reports how far things are (reports.py)
@@ -27,6 +28,8 @@ import structlog
 from fed_client.cache import ModelCache
 from fed_client.download import Downloads
 from fed_client.exit_codes import ExitCode, exit_code_of
+from fed_client.models import Models
+from fed_client.question import Question
 from fed_client.reports import Outbox, ProgressReporter
 from fed_client.session import PollLoop, enroll
 from fed_client.settings import Settings
@@ -67,6 +70,7 @@ class Daemon:
         self._table = WorkTable()
         self._spool = Spool(state.spool)
         self._cache = ModelCache(state.cache, keep=settings.cache_models)
+        self._question = Question()
         self._sources = make_trainers(settings, state)
         self._offered: dict[str, Trainer] = {}
         self._threads: list[threading.Thread] = []
@@ -107,10 +111,11 @@ class Daemon:
         worker = Worker(
             self._settings,
             self._offered,
-            Downloads(transport, self._cache),
+            Models(Downloads(transport, self._cache), self._cache),
             self._cache,
             self._spool,
             self._table,
+            self._question,
             progress,
             outbox,
             self._discard,
@@ -120,6 +125,8 @@ class Daemon:
             self._settings,
             transport,
             self._table,
+            self._cache,
+            self._question,
             on_dropped=self._on_dropped,
             on_refused=worker.refuse,
             fatal=self._fatal,
@@ -129,11 +136,14 @@ class Daemon:
         self._spawn("upload", uploader.run)
         self._spawn("progress", progress.run)
         self._spawn("outbox", outbox.run)
-        self._spawn("work", lambda: self._load_and_work(worker))
+        verifying = self._spawn("cache", self._cache.verify)
+        self._spawn("work", lambda: self._load_and_work(worker, verifying))
 
-    def _load_and_work(self, worker: Worker) -> None:
+    def _load_and_work(self, worker: Worker, verifying: threading.Thread) -> None:
         """In the work thread because the trainer processes die with the thread that started them."""
         workloads = self._describe()
+        # A site that asks before it knows what it holds is sent a whole model, which takes longer than a look at the disk.
+        verifying.join()
         poll = self._poll
         assert poll is not None
         self._spawn("poll", lambda: poll.run(workloads))
@@ -160,10 +170,11 @@ class Daemon:
             raise ConfigError("no workload loads: " + "; ".join(problems) + ". Try fed-client doctor")
         return versions
 
-    def _spawn(self, name: str, target: Callable[[], None]) -> None:
+    def _spawn(self, name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=self._guard, args=(target,), name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
+        return thread
 
     def _guard(self, target: Callable[[], None]) -> None:
         """No thread ends unnoticed: a daemon that only seems to live is worse than one that its supervisor restarts."""

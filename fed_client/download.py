@@ -1,9 +1,10 @@
-"""Fetches the model of an assignment into the cache, verified as it arrives, from where the last attempt stopped."""
+"""Fetches one payload into the cache, verified as it arrives, from where the last attempt stopped."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,59 +13,64 @@ from fed_client.cache import ModelCache
 from fed_client.durable import SiteDiskFullError, disk_errors_named
 from fed_client.retry import PASSING, Retries
 from fed_client.stop import Stop
-from fed_client.transport import Progress, Transport
-from fed_core.errors import CorruptError, FedstreamError, InvalidError, NotFoundError, PayloadError
+from fed_client.transport import Transport
+from fed_core.errors import CorruptError, InvalidError, PayloadError
 from fed_core.failpoints import failpoint
 from fed_core.payload.frames import CHUNK_BYTES
-from fed_core.payload.verify import SegmentVerifier, verify_file
-from fedstream.v1 import participation_pb2
+from fed_core.payload.verify import SegmentVerifier
+from fedstream.v1 import common_pb2
 
-# A payload that fails at one place so often is bad at the coordinator, and one that is "not found" so often is gone.
+# A payload that fails at one place so often is bad at the coordinator.
 _MAX_REPEATS = 3
+
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that are there."""
 
 
 class Downloads:
-    """Fetches models, one at a time. Memory: one chunk and the longest segment."""
+    """Fetches payloads, one at a time. Memory: one chunk and the longest segment."""
 
     def __init__(self, transport: Transport, cache: ModelCache) -> None:
         self._transport = transport
         self._cache = cache
-        # What this process verified itself; a file from before a restart is read once before it is trusted.
-        self._verified: set[bytes] = set()
 
-    def fetch(self, assignment: participation_pb2.Assignment, stop: Stop, on_progress: Progress, log: Any) -> Path:
-        """The path of the whole and verified model. Retries what passes by itself for as long as the assignment is wanted.
+    def fetch(
+        self,
+        assignment_id: str,
+        payload: common_pb2.PayloadRef,
+        stop: Stop,
+        on_bytes: OnBytes,
+        log: Any,
+        *,
+        is_model: bool,
+        num_bytes_after: int = 0,
+    ) -> Path:
+        """The path of the whole and verified payload: of the model itself with `is_model`, else of a step to it. Retries what
+        passes by itself for as long as the assignment is wanted. `num_bytes_after` more will be fetched, and must have room too.
 
         Raises StoppedError, SiteDiskFullError, InvalidError (the payload breaks the format's rules, or is rotten at the
-        coordinator), NotFoundError, and credential errors.
+        coordinator), NotFoundError and PermissionDeniedError (it is not to be had for this assignment, or no longer), and
+        credential errors.
         """
-        digest = assignment.model.digest
-        if self._is_whole(digest):
-            self._cache.touch(digest)
-            return self._cache.path(digest)
+        digest = payload.digest
+        complete = self._cache.complete_model if is_model else self._cache.complete_step
         retries = Retries(stop, log)
-        bad_offset, num_bad, num_missing = -1, 0, 0
+        bad_offset, num_bad = -1, 0
         while True:
             stop.check()
             before = self._part_size(digest)
             try:
-                self._fetch_rest(assignment, stop, on_progress, retries.patience)
-                self._verified.add(digest)
-                return self._cache.complete(digest)
+                self._fetch_rest(assignment_id, payload, stop, on_bytes, retries.patience, is_model, num_bytes_after)
+                return complete(digest)
             except CorruptError as error:
                 num_bad = num_bad + 1 if error.offset == bad_offset else 1
                 bad_offset = error.offset
                 if num_bad == _MAX_REPEATS:
                     raise InvalidError(
-                        f"the model arrived damaged {num_bad} times at byte {bad_offset}: {error}"
+                        f"the payload arrived damaged {num_bad} times at byte {bad_offset}: {error}"
                     ) from error
-                log.warning("model arrived damaged, fetching that part again", error=str(error), offset=error.offset)
+                log.warning("payload arrived damaged, fetching that part again", error=str(error), offset=error.offset)
                 self._truncate(digest, error.offset)
-            except NotFoundError as error:
-                num_missing += 1
-                if num_missing == _MAX_REPEATS:
-                    raise
-                retries.wait(error)
             except SiteDiskFullError:
                 raise
             except PASSING as error:
@@ -72,44 +78,37 @@ class Downloads:
                     retries.progressed()
                 retries.wait(error)
 
-    def _is_whole(self, digest: bytes) -> bool:
-        path = self._cache.path(digest)
-        if not path.exists():
-            return False
-        if digest not in self._verified:
-            try:
-                verify_file(path, digest)
-            except (FedstreamError, OSError):
-                self._cache.discard(digest)
-                return False
-            self._verified.add(digest)
-        return True
-
     def _fetch_rest(
-        self, assignment: participation_pb2.Assignment, stop: Stop, on_progress: Progress, patience: float
+        self,
+        assignment_id: str,
+        payload: common_pb2.PayloadRef,
+        stop: Stop,
+        on_bytes: OnBytes,
+        patience: float,
+        is_model: bool,
+        num_bytes_after: int,
     ) -> None:
-        digest, total = assignment.model.digest, assignment.model.total_bytes
+        digest, total = payload.digest, payload.total_bytes
         part = self._cache.part(digest)
         verifier, offset = _resume(part, digest, total)
-        if shutil.disk_usage(part.parent).free < total - offset:
-            raise SiteDiskFullError(
-                f"the model needs {total - offset} more bytes in {part.parent}, which has fewer free; free some, or move the "
-                "state directory to a larger disk"
-            )
+        _check_space(part.parent, total - offset + num_bytes_after)
         with disk_errors_named(part.parent), part.open("r+b" if part.exists() else "w+b") as file:
             file.truncate(offset)
             file.seek(offset)
             position = offset
-            on_progress(position, total)
+            on_bytes(position)
+            has_room = is_model
             if position < total:
-                with closing(
-                    self._transport.download(assignment.assignment_id, digest, offset, stop, patience)
-                ) as chunks:
+                with closing(self._transport.download(assignment_id, digest, offset, stop, patience)) as chunks:
                     for chunk in chunks:
                         verifier.feed(chunk)
+                        if not has_room and verifier.manifest is not None:
+                            # Known only now: how large the model is that will be made of it.
+                            has_room = True
+                            _check_space(part.parent, total - position + num_bytes_after + verifier.manifest.raw_bytes)
                         file.write(chunk)
                         position += len(chunk)
-                        on_progress(position, total)
+                        on_bytes(position)
                         failpoint("client-mid-download")
             verifier.finish()
             file.flush()
@@ -125,6 +124,15 @@ class Downloads:
         part = self._cache.part(digest)
         if part.exists():
             os.truncate(part, offset)
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise SiteDiskFullError(
+            f"the model needs {num_bytes} more bytes in {folder}, which has {free} free; free some, or move the state directory to "
+            "a larger disk"
+        )
 
 
 def _resume(part: Path, digest: bytes, total_bytes: int) -> tuple[SegmentVerifier, int]:

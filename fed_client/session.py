@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
 from fed_client.backoff import Backoff
-from fed_client.cache import DIGEST_BYTES
+from fed_client.cache import ModelCache
+from fed_client.question import Question
 from fed_client.reports import Fatal
 from fed_client.settings import Settings
 from fed_client.state import Identity, StateDirectory, checked_id
-from fed_client.stop import Stop
+from fed_client.stop import Stop, StoppedError
 from fed_client.transport import Transport
 from fed_client.work import Held, WorkTable
 from fed_core.errors import (
@@ -115,6 +116,8 @@ class PollLoop:
         settings: Settings,
         transport: Transport,
         table: WorkTable,
+        cache: ModelCache,
+        question: Question,
         *,
         on_dropped: Callable[[str, str], None],
         on_refused: OnRefused,
@@ -124,6 +127,8 @@ class PollLoop:
         self._settings = settings
         self._transport = transport
         self._table = table
+        self._cache = cache
+        self._question = question
         self._on_dropped = on_dropped
         self._on_refused = on_refused
         self._fatal = fatal
@@ -143,10 +148,15 @@ class PollLoop:
         log = structlog.get_logger()
         backoff = Backoff()
         while not self._stop.is_set:
+            # In this order: whoever has news puts it into cache and question before the table, and then has us ask anew.
+            asking, divergences = self._question.begin()
             held = self._table.held()
+            waiting = {each.assignment_id for each in held if each.is_waiting}
             began = time.monotonic()
             try:
-                answer = self._transport.poll(self._request(held, workloads))
+                answer = self._transport.poll(self._request(held, workloads, divergences, bool(waiting)), asking)
+            except StoppedError:
+                continue
             except (UnauthenticatedError, PermissionDeniedError) as error:
                 self._fatal(error)
                 return
@@ -166,14 +176,24 @@ class PollLoop:
             if backoff.attempts >= 2:
                 log.info("coordinator is back")
             backoff.reset()
+            self._question.answered(divergences)
             self._note(answer)
-            if not self._apply(answer, held, workloads) and time.monotonic() - began < _IDLE_ANSWER_SECONDS:
+            if not self._apply(answer, held, waiting, workloads) and time.monotonic() - began < _IDLE_ANSWER_SECONDS:
                 self._stop.sleep(backoff.within(2 * _IDLE_ANSWER_SECONDS))
 
-    def _request(self, held: list[Held], workloads: Mapping[str, str]) -> participation_pb2.PollAssignmentRequest:
+    def _request(
+        self,
+        held: list[Held],
+        workloads: Mapping[str, str],
+        divergences: Sequence[participation_pb2.Divergence],
+        is_waiting: bool,
+    ) -> participation_pb2.PollAssignmentRequest:
         # A poll renews the lease when it arrives, so it must not wait for as long as the lease lasts.
-        seconds = min(self._settings.poll_seconds, max(self._lease_seconds / 2, 1.0))
-        return poll_request(held, seconds, workloads, self._settings.labels)
+        seconds = 0.0 if is_waiting else min(self._settings.poll_seconds, max(self._lease_seconds / 2, 1.0))
+        request = poll_request(held, seconds, workloads, self._settings.labels)
+        request.model_digests.extend(self._cache.digests())
+        request.divergences.extend(divergences)
+        return request
 
     def _note(self, answer: participation_pb2.PollAssignmentResponse) -> None:
         log = structlog.get_logger()
@@ -198,6 +218,7 @@ class PollLoop:
         self,
         answer: participation_pb2.PollAssignmentResponse,
         asked_with: list[Held],
+        waiting: set[str],
         workloads: Mapping[str, str],
     ) -> bool:
         """Makes what is held what is desired; whether that changed anything."""
@@ -208,6 +229,7 @@ class PollLoop:
             if problem:
                 held.is_in_hand = True  # the outbox's
             if not self._table.add(held):
+                changed |= self._table.refresh(assignment, ends_wait=assignment.assignment_id in waiting)
                 continue
             changed = True
             if problem:
@@ -250,6 +272,4 @@ def _problem(assignment: participation_pb2.Assignment, workloads: Mapping[str, s
     offered, wanted = workloads[assignment.workload.name], assignment.workload.version
     if wanted and wanted != offered:
         return f"the run asks for {assignment.workload.name!r} in version {wanted!r}; installed here is version {offered!r}"
-    if len(assignment.model.digest) != DIGEST_BYTES or assignment.model.total_bytes < 1:
-        return "the assignment names no model payload"
     return ""

@@ -174,7 +174,9 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         60.0, ge=1, description="A transfer that moves no byte for so long is broken off and resumed"
     )
-    cache_models: int = Field(2, ge=0, description="Models kept besides those in use")
+    cache_models: int = Field(
+        2, ge=1, description="Models kept besides those in use; what changed since one of them is all that is fetched"
+    )
 
     log_format: LogFormat = Field("auto", description="pretty, json, or auto: pretty on a terminal")
     log_level: LogLevel = "info"

@@ -4,7 +4,7 @@ identity.json    client id and secret, 0600; made by the enrolment
 enrollment.json  name of an enrolment attempt whose answer is not stored yet
 lock             held by the running daemon; holds its process id
 status.json      what the running daemon is doing, for `fed-client status`; never read back
-cache/           models by digest (cache.py)
+cache/           models, and what they are being made of (cache.py)
 spool/           encoded updates by assignment (spool.py)
 trainer.log      what the user's training code printed
 """

@@ -84,13 +84,26 @@ class Transport:
         with self._named_errors():
             return self._participation.Enroll(request, timeout=UNARY_SECONDS, metadata=self._metadata(anonymous=True))
 
-    def poll(self, request: participation_pb2.PollAssignmentRequest) -> participation_pb2.PollAssignmentResponse:
-        """Asks what to do and waits for the answer as long as the request says, and a little longer for a slow line."""
+    def poll(
+        self, request: participation_pb2.PollAssignmentRequest, stop: Stop | None = None
+    ) -> participation_pb2.PollAssignmentResponse:
+        """Asks what to do and waits for the answer as long as the request says, and a little longer for a slow line. `stop` ends
+        the wait with StoppedError."""
         request.client_time.CopyFrom(now())
+        stop = stop or Stop()
         with self._named_errors():
-            return self._participation.PollAssignment(
+            call = self._participation.PollAssignment.future(
                 request, timeout=request.wait_seconds + 10, metadata=self._metadata()
             )
+        try:
+            with stop.interrupting(call.cancel), self._named_errors():
+                answer: participation_pb2.PollAssignmentResponse = call.result()
+                return answer
+        except FedstreamError:
+            stop.check()
+            raise
+        finally:
+            call.cancel()
 
     def report_progress(
         self, request: participation_pb2.ReportProgressRequest

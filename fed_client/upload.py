@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fed_client.cache import read_manifest
 from fed_client.retry import PASSING, Retries
 from fed_client.spool import SpooledUpdate
 from fed_client.stop import Stop
 from fed_client.transport import Progress, SpoolReadError, Transport
 from fed_core.errors import CorruptError, FedstreamError, PayloadError
-from fed_core.payload.limits import PREAMBLE_BYTES
-from fed_core.payload.manifest import Manifest, parse_manifest, parse_preamble
+from fed_core.payload.manifest import Manifest
 from fed_core.payload.verify import verify_file
 from fedstream.v1 import transfer_pb2
 
@@ -59,9 +59,7 @@ def deliver(
 
 def _read_manifest(spooled: SpooledUpdate) -> Manifest:
     try:
-        with spooled.path.open("rb") as file:
-            preamble = parse_preamble(file.read(PREAMBLE_BYTES))
-            manifest = parse_manifest(preamble, file.read(preamble.manifest_bytes))
+        manifest = read_manifest(spooled.path)
         size = Path(spooled.path).stat().st_size
     except (OSError, PayloadError, CorruptError) as error:
         raise SpoolCorruptError(f"the spooled update cannot be read any longer: {error}") from error

@@ -1,7 +1,8 @@
 """The assignments that the daemon holds, and who may touch each of them.
 
     QUEUED -> DOWNLOADING -> TRAINING -> SPOOLED -> UPLOADING -> finished
-                          -> EVALUATING ----------------------> finished
+       ^          |       -> EVALUATING ----------------------> finished
+       +----------+  the way to the model was lost: waits for a newer poll answer
 
 An assignment is in the hands of at most one thread: the worker from QUEUED to SPOOLED, the uploader from SPOOLED on, the outbox
 while a failure or an evaluation is being delivered. Whoever drops it only sets its `stop`; the thread that has it in hand cleans
@@ -20,16 +21,21 @@ from fed_client.stop import Stop
 from fedstream.v1 import common_pb2, participation_pb2
 
 _REMEMBERED = 4096
+_NOT_BEGUN = (common_pb2.WORK_PHASE_QUEUED, common_pb2.WORK_PHASE_DOWNLOADING)
 
 
 @dataclass
 class Held:
-    """An assignment at this site. `phase` and `is_in_hand` change under the table's lock only."""
+    """An assignment at this site. What changes of it changes under the table's lock only, `assignment` too."""
 
     assignment: participation_pb2.Assignment
     phase: common_pb2.WorkPhase.ValueType = common_pb2.WORK_PHASE_QUEUED
     spooled: SpooledUpdate | None = None
     is_in_hand: bool = False
+    # Nobody takes it before a poll that is asked from now on has been answered.
+    is_waiting: bool = False
+    # How often the way to its model was lost.
+    num_lost: int = 0
     stop: Stop = field(default_factory=Stop)
 
     @property
@@ -71,7 +77,7 @@ class WorkTable:
         with self._changed:
             while not self._is_closed:
                 for held in self._held.values():
-                    if held.phase == phase and not held.is_in_hand and not held.stop.is_set:
+                    if held.phase == phase and not (held.is_in_hand or held.is_waiting or held.stop.is_set):
                         held.is_in_hand = True
                         return held
                 self._changed.wait()
@@ -90,6 +96,26 @@ class WorkTable:
             held.spooled = spooled or held.spooled
             held.is_in_hand = False
             self._changed.notify_all()
+
+    def wait_for_answer(self, held: Held) -> None:
+        """Puts it down, back in the queue, until `refresh` brings a newer answer. Where it was dropped, raises StoppedError and
+        leaves it in hand."""
+        with self._changed:
+            held.stop.check()
+            held.phase, held.is_in_hand, held.is_waiting = common_pb2.WORK_PHASE_QUEUED, False, True
+            held.num_lost += 1
+
+    def refresh(self, assignment: participation_pb2.Assignment, *, ends_wait: bool) -> bool:
+        """Takes over what a poll answer says of an assignment that is held, unless its model is in use already; whether that
+        changed anything. One that waits is touched only with `ends_wait`: the question came after it had begun to wait."""
+        with self._changed:
+            held = self._held.get(assignment.assignment_id)
+            if held is None or held.stop.is_set or held.phase not in _NOT_BEGUN or (held.is_waiting and not ends_wait):
+                return False
+            has_changed = held.is_waiting or held.assignment.model != assignment.model
+            held.assignment, held.is_waiting = assignment, False
+            self._changed.notify_all()
+            return has_changed
 
     def finish(self, held: Held) -> None:
         """Forgets it, and remembers that it is done."""

@@ -5,6 +5,7 @@ They meet in the spool, so an upload goes on while the next training runs.
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import structlog
 
 from fed_client.cache import ModelCache
-from fed_client.download import Downloads
 from fed_client.durable import SiteDiskFullError
+from fed_client.models import Models, WayLostError
+from fed_client.question import Question
 from fed_client.reports import Fatal, Outbox, ProgressReporter, evaluation, failure, failure_kind, failure_name
 from fed_client.settings import Settings
 from fed_client.spool import Spool
 from fed_client.stop import StoppedError
-from fed_client.training.trainer import EvaluateJob, Trainer, TrainJob, WorkloadError
+from fed_client.training.trainer import MODEL_DAMAGED, EvaluateJob, Trainer, TrainJob, TrainResult, WorkloadError
 from fed_client.transport import Transport
 from fed_client.upload import SpoolCorruptError, deliver
 from fed_client.work import Held, WorkTable
@@ -35,6 +37,8 @@ from fed_core.plan import SiteOverrides, TrainingPlan, apply_overrides
 from fedstream.v1 import common_pb2, participation_pb2
 
 _PAUSE_AFTER_BUG_SECONDS = 10.0
+# How often an assignment asks for another way to its model.
+_MAX_WAYS_LOST = 3
 
 Discard = Callable[[Held], None]
 
@@ -46,10 +50,11 @@ class Worker:
         self,
         settings: Settings,
         trainers: Mapping[str, Trainer],
-        downloads: Downloads,
+        models: Models,
         cache: ModelCache,
         spool: Spool,
         table: WorkTable,
+        question: Question,
         progress: ProgressReporter,
         outbox: Outbox,
         discard: Discard,
@@ -58,10 +63,11 @@ class Worker:
         """`trainers` maps the names of the workloads offered; it is filled before `run`."""
         self._settings = settings
         self._trainers = trainers
-        self._downloads = downloads
+        self._models = models
         self._cache = cache
         self._spool = spool
         self._table = table
+        self._question = question
         self._progress = progress
         self._outbox = outbox
         self._discard = discard
@@ -72,37 +78,75 @@ class Worker:
         while held := self._table.take(common_pb2.WORK_PHASE_QUEUED):
             log = structlog.get_logger().bind(**held.log_fields)
             try:
-                self._work(held, log)
+                try:
+                    self._work(held, log)
+                except WayLostError as error:
+                    self._ask_again(held, error, log)
             except Exception as error:
                 self._end(held, error, log)
-            self._cache.trim({each.assignment.model.digest for each in self._table.held()})
+            self._cache.trim(self._in_use())
 
     def refuse(self, held: Held, problem: str) -> None:
         """Gives up an assignment that this site cannot do; the caller has it in hand."""
         structlog.get_logger().warning("assignment refused", reason=problem, **held.log_fields)
         self._outbox.put(held, failure(held, participation_pb2.FAILURE_KIND_REFUSED_BY_SITE, problem))
 
+    def _in_use(self) -> set[bytes]:
+        """Digests of the models of what is held, and of the payloads that they are to be made of."""
+        models = [held.assignment.model for held in self._table.held()]
+        return {model.digest for model in models} | {each.digest for model in models for each in model.payloads}
+
     def _work(self, held: Held, log: Any) -> None:
-        assignment = held.assignment
+        assignment = held.assignment  # a poll answer may put another in its place meanwhile
         is_training = assignment.kind == common_pb2.ASSIGNMENT_KIND_TRAIN
+        encoding = encoding_name(assignment.uplink)
         log.info(
             "assignment taken",
             kind="train" if is_training else "evaluate",
             workload=assignment.workload.name,
-            model_bytes=assignment.model.total_bytes,
+            model_version=assignment.model.version,
+            fetches=len(assignment.model.payloads),
+            fetch_bytes=sum(payload.total_bytes for payload in assignment.model.payloads),
             reads=str(self._settings.data) if self._settings.data else "what the workload reads",
-            sends=f"update of the shared tensors ({assignment.codec}), metrics" if is_training else "metrics",
+            sends=f"update of the shared tensors, encoded as {encoding}; metrics" if is_training else "metrics",
         )
         self._table.move(held, common_pb2.WORK_PHASE_DOWNLOADING)
 
         def downloaded(done: int, total: int) -> None:
             self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_DOWNLOADING, done, total)
 
-        self._downloads.fetch(assignment, held.stop, downloaded, log)
-        (self._train if is_training else self._evaluate)(held, log)
+        trainer = self._trainers[assignment.workload.name]
+        known = self._cache.digests()
+        self._models.obtain(assignment, trainer, held.stop, downloaded, log)
+        if assignment.model.digest not in known:
+            self._question.ask_now()  # what comes next may then build on it
+        try:
+            (self._train if is_training else self._evaluate)(held, assignment, trainer, log)
+        except WorkloadError as error:
+            if error.kind != MODEL_DAMAGED:
+                raise
+            self._cache.discard(assignment.model.digest)
+            raise WayLostError(str(error)) from error
 
-    def _train(self, held: Held, log: Any) -> None:
-        assignment, trainer = held.assignment, self._trainers[held.assignment.workload.name]
+    def _ask_again(self, held: Held, error: WayLostError, log: Any) -> None:
+        """Lets the coordinator name another way to the model; not for ever."""
+        if error.divergence is not None:
+            self._question.add(error.divergence)
+        if held.num_lost == _MAX_WAYS_LOST:
+            raise InvalidError(
+                f"the model of version {held.assignment.model.version} cannot be had; of {held.num_lost + 1} ways to it the last "
+                f"failed so: {error}"
+            ) from error
+        log.warning(
+            "the way to the model was lost, asking for another",
+            reason=str(error),
+            diverged=error.divergence is not None,
+        )
+        self._table.wait_for_answer(held)
+        self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_QUEUED)
+        self._question.ask_now()
+
+    def _train(self, held: Held, assignment: participation_pb2.Assignment, trainer: Trainer, log: Any) -> None:
         overrides = SiteOverrides(**self._settings.overrides.model_dump())
         plan, refused = apply_overrides(TrainingPlan.from_proto(assignment.plan), overrides)
         if refused:
@@ -111,12 +155,12 @@ class Worker:
             assignment_id=assignment.assignment_id,
             run_id=assignment.run_id,
             round=assignment.round,
-            model_version=assignment.model_version,
+            model_version=assignment.model.version,
             model_path=self._cache.path(assignment.model.digest),
             base_digest=assignment.model.digest.hex(),
             plan=plan,
             fingerprint=assignment.fingerprint.hex(),
-            codec=assignment.codec,
+            uplink=assignment.uplink,
             out_path=self._spool.path(assignment.assignment_id),
         )
         self._begin(held, common_pb2.WORK_PHASE_TRAINING)
@@ -126,22 +170,14 @@ class Worker:
         spooled = self._spool.add(assignment, bytes.fromhex(result.digest), result.total_bytes)
         failpoint("client-spooled")
         self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_SPOOLED)
-        log.info(
-            "trained",
-            num_examples=result.num_examples,
-            num_steps=result.num_steps,
-            is_partial=result.is_partial,
-            seconds=round(result.seconds, 2),
-            update_bytes=result.total_bytes,
-            **{name: round(value, 5) for name, value in result.metrics.items()},
-        )
+        log.info("trained", **_trained(result))
         self._table.release(held, common_pb2.WORK_PHASE_SPOOLED, spooled)
 
-    def _evaluate(self, held: Held, log: Any) -> None:
-        assignment, trainer = held.assignment, self._trainers[held.assignment.workload.name]
+    def _evaluate(self, held: Held, assignment: participation_pb2.Assignment, trainer: Trainer, log: Any) -> None:
         job = EvaluateJob(
             assignment_id=assignment.assignment_id,
             model_path=self._cache.path(assignment.model.digest),
+            model_digest=assignment.model.digest.hex(),
             fingerprint=assignment.fingerprint.hex(),
             batch_size=assignment.plan.batch_size,
             seed=assignment.plan.seed,
@@ -188,6 +224,34 @@ class Worker:
             if verdict.traceback:
                 log.debug("traceback", traceback=verdict.traceback)
             self._outbox.put(held, verdict)
+
+
+def _trained(result: TrainResult) -> dict[str, Any]:
+    """What the log says of a training and of the update that came of it."""
+    return {
+        "num_examples": result.num_examples,
+        "num_steps": result.num_steps,
+        "is_partial": result.is_partial,
+        "seconds": round(result.seconds, 2),
+        "update_bytes": result.total_bytes,
+        "raw_bytes": result.raw_bytes,
+        "ratio": round(result.raw_bytes / result.total_bytes, 1),
+        "error": float(f"{result.error:.3g}"),
+        "gain": round(result.gain, 4),
+        "codecs": ", ".join(f"{codec} {num_tensors}" for codec, num_tensors in result.codecs.items()),
+        **{name: round(value, 5) for name, value in result.metrics.items()},
+    }
+
+
+def encoding_name(uplink: str) -> str:
+    """`auto (target_error 0.1)` for {"kind": "auto", "target_error": 0.1}: for people; the trainer is the one that reads it."""
+    try:
+        config = dict(json.loads(uplink))
+        kind = str(config.pop("kind"))
+    except (ValueError, TypeError, KeyError):
+        return repr(uplink[:100])
+    options = ", ".join(f"{name} {value}" for name, value in config.items())
+    return f"{kind} ({options})" if options else kind
 
 
 def verdict_of(held: Held, error: Exception) -> participation_pb2.ReportFailureRequest:

@@ -1,26 +1,31 @@
-"""What the trainer process does: describe its workload, train and write an update, evaluate."""
+"""What the trainer process does: describe its workload, make a model of deltas, train and write an update, evaluate."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from fed_client.training.loop import train
+from fed_client.training.trainer import MODEL_DAMAGED
 from fed_core.batches import check_metric_names, choose_device, evaluate, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
-from fed_core.codecs.base import TileSource
-from fed_core.errors import DiskFullError, InvalidError, NotFiniteError
+from fed_core.codecs.base import Encoding
+from fed_core.codecs.registry import encoding_from_json
+from fed_core.errors import CorruptError, DiskFullError, FedstreamError, InvalidError, NotFiniteError, PayloadError
+from fed_core.payload.assemble import DivergedError, assemble_model
 from fed_core.payload.manifest import UpdateInfo
 from fed_core.payload.reader import PayloadReader
-from fed_core.payload.writer import Written, write_payload
+from fed_core.payload.verify import verify_file
+from fed_core.payload.writer import write_payload
 from fed_core.plan import TrainingPlan
 from fed_core.specs import TensorSpec, explain_difference, fingerprint
 from fed_core.tensors import check_finite, difference, load_tensors, model_specs, model_tensors
@@ -34,12 +39,21 @@ class FingerprintMismatchError(InvalidError):
     """The site's model and the run's differ."""
 
 
+class CannotDoError(InvalidError):
+    """What the coordinator asks for cannot be done here, whatever the workload: an encoding of a newer version, steps that lead
+    nowhere."""
+
+
 def kind_of(error: BaseException) -> str:
     """Name of the contract's FailureKind for what a job raised."""
     if isinstance(error, FingerprintMismatchError):
         return "FINGERPRINT_MISMATCH"
     if isinstance(error, NotFiniteError):
         return "NOT_FINITE"
+    if isinstance(error, CannotDoError):
+        return "REFUSED_BY_SITE"
+    if isinstance(error, CorruptError):
+        return MODEL_DAMAGED
     if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in _FULL):
         return "DISK_FULL"
     return "WORKLOAD"
@@ -55,6 +69,7 @@ class SiteJobs:
         """Does one request of `fed_client.training.trainer`."""
         jobs: dict[str, Callable[..., Json]] = {
             "describe": self._describe,
+            "assemble": self._assemble,
             "train": self._train,
             "evaluate": self._evaluate,
         }
@@ -99,6 +114,30 @@ class SiteJobs:
             "num_evaluation_examples": num_examples(held_out) if held_out is not None else 0 if reads_data else None,
         }
 
+    def _assemble(
+        self,
+        *,
+        base: list[str] | None,
+        steps: list[list[str]],
+        digest: str,
+        out_path: str,
+        on_progress: OnProgress,
+    ) -> Json:
+        on_progress(0, 1, {})
+        begin = time.monotonic()
+        files = [(Path(path), bytes.fromhex(name)) for path, name in ([base] if base is not None else []) + steps]
+        came_out, damaged = "", list[str]()
+        try:
+            came_out = _assemble(files, base is not None, bytes.fromhex(digest), Path(out_path))
+        except (PayloadError, CorruptError, FileNotFoundError) as error:
+            # Whatever went wrong: files that are not what they were explain it, and only they can be had again.
+            damaged = _damaged(files)
+            if not damaged:
+                if not isinstance(error, DivergedError):
+                    raise CannotDoError(f"the model cannot be made of what the coordinator sent: {error}") from error
+                came_out = error.digest
+        return {"digest": came_out, "damaged": damaged, "seconds": time.monotonic() - begin}
+
     def _train(
         self,
         *,
@@ -110,17 +149,18 @@ class SiteJobs:
         base_digest: str,
         plan: Json,
         fingerprint: str,
-        codec: str,
+        uplink: str,
         out_path: str,
         on_progress: OnProgress,
     ) -> Json:
+        encoding = _encoding(uplink)
         training = TrainingPlan.from_json(plan)
-        with PayloadReader(Path(model_path), bytes.fromhex(base_digest)) as base:
+        with _open_model(model_path, base_digest) as base:
             with reproducible(training.seed, training.num_threads):
                 model, specs = self._load(base, fingerprint, training.seed)
             outcome = train(self._workload, model, self._train_data, training, self._device, on_progress)
             check_metric_names(outcome.metrics)
-            update = UpdateInfo(
+            info = UpdateInfo(
                 assignment_id=assignment_id,
                 num_examples=outcome.num_examples,
                 custom_weight=self._workload.custom_weight(self._site, outcome.num_examples),
@@ -129,22 +169,31 @@ class SiteJobs:
                 training_seconds=outcome.seconds,
                 metrics=outcome.metrics,
             )
-            local = model_tensors(model)
-            with _published(Path(out_path)) as write:
-                written = write(
+            update = _update(model, base, specs)
+        del model  # an encoding may need room, and the update is all that is left to do
+        with reproducible(training.seed, training.num_threads), _published(Path(out_path)) as file:
+            try:
+                written = write_payload(
+                    file,
                     kind=common_pb2.PAYLOAD_KIND_UPDATE,
                     run_id=run_id,
                     round=round,
                     model_version=model_version,
-                    base_digest=base.manifest.digest,
-                    update=update,
-                    tensors=[(spec, _update_of(spec.name, local[spec.name], base)) for spec in specs],
-                    codec=codec,
+                    base_digest=bytes.fromhex(base_digest),
+                    update=info,
+                    tensors=update,
+                    encoding=encoding,
+                    seed=training.seed,
                 )
+            except PayloadError as error:
+                raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
         return {
             "digest": written.digest.hex(),
             "total_bytes": written.total_bytes,
             "raw_bytes": written.raw_bytes,
+            "error": written.fidelity.error,
+            "gain": written.fidelity.gain,
+            "codecs": written.codecs,
             "num_examples": outcome.num_examples,
             "num_steps": outcome.num_steps,
             "is_partial": outcome.is_partial,
@@ -156,6 +205,7 @@ class SiteJobs:
         self,
         *,
         model_path: str,
+        model_digest: str,
         fingerprint: str,
         batch_size: int,
         seed: int,
@@ -166,7 +216,7 @@ class SiteJobs:
         if data is None:
             return {"num_examples": 0, "metrics": {}}
         with reproducible(seed, num_threads):
-            with PayloadReader(Path(model_path)) as payload:
+            with _open_model(model_path, model_digest) as payload:
                 model, _ = self._load(payload, fingerprint, seed)
             total, metrics = evaluate(
                 self._workload, model, data, batch_size, self._device, lambda done, all: on_progress(done, all, {})
@@ -189,33 +239,66 @@ class SiteJobs:
         return model.to(self._device), specs
 
 
-def _update_of(name: str, local: Tensor, base: PayloadReader) -> TileSource:
-    """One tensor's share of the update, tile by tile. Memory: this tensor, from its first tile to its last."""
-    whole: list[Tensor] = []
+def _encoding(uplink: str) -> Encoding:
+    try:
+        return encoding_from_json(uplink)
+    except InvalidError as error:
+        raise CannotDoError(str(error)) from error
 
-    def tile(first: int, num_coordinates: int) -> Tensor:
-        if not whole:
-            whole.append(difference(local.cpu(), base.tensor(name)).reshape(-1))
-            check_finite(name, whole[0])
-        part = whole[0][first : first + num_coordinates]
-        if first + num_coordinates == whole[0].numel():
-            whole.clear()
-        return part
 
-    return tile
+def _open_model(path: str, digest: str) -> PayloadReader:
+    """The model that was verified when it came. Raises CorruptError where it is no longer what it was."""
+    try:
+        return PayloadReader(Path(path), bytes.fromhex(digest))
+    except (PayloadError, FileNotFoundError) as error:
+        raise CorruptError(f"{path} has rotted or is gone: {error}", offset=0) from error
+
+
+def _update(model: nn.Module, base: PayloadReader, specs: Sequence[TensorSpec]) -> list[tuple[TensorSpec, Tensor]]:
+    """What training changed, each tensor checked for NaN and infinity before anything is encoded. Takes the model's gradients;
+    memory: the update, and one tensor."""
+    model.zero_grad(set_to_none=True)
+    local = model_tensors(model)
+    update = []
+    for spec in specs:
+        change = difference(local[spec.name].cpu(), base.tensor(spec.name, verify=True))
+        check_finite(spec.name, change)
+        update.append((spec, change))
+    return update
+
+
+def _assemble(files: Sequence[tuple[Path, bytes]], has_base: bool, digest: bytes, out_path: Path) -> str:
+    """Makes the model of that identity, of a base if there is one and steps; returns the identity in hex."""
+    with ExitStack() as opened:
+        payloads = [opened.enter_context(PayloadReader(path, name)) for path, name in files]
+        led_to = payloads[-1].manifest.model_digest
+        if led_to != digest:
+            raise PayloadError(
+                f"the payloads lead to the model {led_to.hex()[:16]}, the assignment asks for {digest.hex()[:16]}"
+            )
+        base, steps = (payloads[0], payloads[1:]) if has_base else (None, payloads)
+        with _published(out_path) as file:
+            return assemble_model(base, steps, file).digest.hex()
+
+
+def _damaged(files: Sequence[tuple[Path, bytes]]) -> list[str]:
+    """The digests of those files that do not verify, or are gone."""
+    damaged = []
+    for path, digest in files:
+        try:
+            verify_file(path, digest)
+        except (FedstreamError, OSError):
+            damaged.append(digest.hex())
+    return damaged
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[Callable[..., Written]]:
-    """A function that writes the payload; when the block ends it has its name, durably. Nothing is left of a failure."""
+def _published(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name, durably, when the block ends. Nothing is left of a failure."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-
-            def write(**payload: Any) -> Written:
-                return write_payload(file, **payload)
-
-            yield write
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -223,7 +306,7 @@ def _published(path: Path) -> Iterator[Callable[..., Written]]:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _FULL:
             raise DiskFullError(
-                f"no space left for the update in {path.parent}: free some, or move the state directory to a larger disk"
+                f"no space left for {path.name} in {path.parent}: free some, or move the state directory to a larger disk"
             ) from error
         raise
     descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

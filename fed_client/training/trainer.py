@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fed_core.child_process import CANCELLED, DIED, ChildError, ChildProcess, Json, OnProgress
 from fed_core.plan import TrainingPlan
 from fed_core.workload import Site
 
+MODEL_DAMAGED: Final = "MODEL_DAMAGED"
+"""Kind of the error that the model on this site's disk is not what it was; nothing to report, for another can be had."""
+
 
 class WorkloadError(Exception):
-    """A job failed. `kind` names a FailureKind of the contract ("WORKLOAD", "TRAINER_DIED" ...); `traceback` is that of the
-    workload's code, or the last lines that a dead trainer printed."""
+    """A job failed. `kind` names a FailureKind of the contract ("WORKLOAD", "TRAINER_DIED" ...) or is MODEL_DAMAGED; `traceback` is
+    that of the workload's code, or the last lines that a dead trainer printed."""
 
     def __init__(self, kind: str, message: str, traceback: str = "") -> None:
         super().__init__(message)
@@ -42,8 +45,30 @@ class Description:
 
 
 @dataclass(frozen=True, slots=True)
+class AssembleJob:
+    """Make a model's raw payload of other payloads, given as (path, digest): whole models, and deltas from `base` or from the
+    result of the step before. `digest` is the identity of what is to come out. Digests are in hex; `out_path`'s folder exists."""
+
+    base: tuple[Path, str] | None
+    steps: Sequence[tuple[Path, str]]
+    digest: str
+    out_path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class AssembleResult:
+    """What came out: the model lies durably at the job's `out_path` where `digest` is the job's, and nothing does where it is not.
+    `damaged` lists the digests of files that are no longer what they were when they were verified; then nothing came out."""
+
+    digest: str
+    damaged: Sequence[str]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class TrainJob:
-    """Train from a model payload and write an update payload. Digests are in hex; `out_path`'s folder exists."""
+    """Train from a model payload and write an update payload. Digests are in hex; `uplink` is the encoding of the update as the
+    coordinator's JSON; `out_path`'s folder exists."""
 
     assignment_id: str
     run_id: str
@@ -53,17 +78,21 @@ class TrainJob:
     base_digest: str
     plan: TrainingPlan
     fingerprint: str
-    codec: str
+    uplink: str
     out_path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """An update that lies durably at the job's `out_path`, and how it came about."""
+    """An update that lies durably at the job's `out_path`, and how it came about. `error` and `gain` say what its encoding cost
+    (payload.proto, UpdateInfo), `codecs` how many tensors each codec got."""
 
     digest: str
     total_bytes: int
     raw_bytes: int
+    error: float
+    gain: float
+    codecs: Mapping[str, int]
     num_examples: int
     num_steps: int
     is_partial: bool
@@ -77,6 +106,7 @@ class EvaluateJob:
 
     assignment_id: str
     model_path: Path
+    model_digest: str
     fingerprint: str
     batch_size: int
     seed: int
@@ -123,6 +153,18 @@ class Trainer:
         """What the workload is; starts the process. With `reads_data` the site's data is read and counted too."""
         return Description(**self._call({"do": "describe", "reads_data": reads_data}))
 
+    def assemble(self, job: AssembleJob, on_progress: OnProgress | None = None) -> AssembleResult:
+        """Makes a model. `on_progress(0, 1, {})` is called when it begins. Raises WorkloadError, also where the steps do not
+        follow on from each other; no file is left behind then."""
+        request = {
+            "do": "assemble",
+            "base": [str(job.base[0]), job.base[1]] if job.base is not None else None,
+            "steps": [[str(path), digest] for path, digest in job.steps],
+            "digest": job.digest,
+            "out_path": str(job.out_path),
+        }
+        return AssembleResult(**self._call(request, on_progress))
+
     def train(self, job: TrainJob, on_progress: OnProgress | None = None) -> TrainResult:
         """Trains and writes the update. `on_progress(steps done, steps in all, {"loss": running mean})` is called from this
         thread, at most four times a second and once at the end. Raises WorkloadError; no file is left behind then."""
@@ -136,7 +178,7 @@ class Trainer:
             "base_digest": job.base_digest,
             "plan": job.plan.to_json(),
             "fingerprint": job.fingerprint,
-            "codec": job.codec,
+            "uplink": job.uplink,
             "out_path": str(job.out_path),
         }
         return TrainResult(**self._call(request, on_progress))
@@ -146,6 +188,7 @@ class Trainer:
         request = {
             "do": "evaluate",
             "model_path": str(job.model_path),
+            "model_digest": job.model_digest,
             "fingerprint": job.fingerprint,
             "batch_size": job.batch_size,
             "seed": job.seed,
