@@ -7,16 +7,19 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
 from torch import Tensor
 
+from fed_core.codecs.registry import encoding_from_json
 from fed_core.errors import BusyError, CorruptError, NoLongerNeededError, PayloadError, UnavailableError
 from fed_core.grpc_options import client_options
+from fed_core.payload.assemble import assemble_model
 from fed_core.payload.frames import CHUNK_BYTES, pack_chunk, parse_frame, plan_chunks
 from fed_core.payload.limits import PREAMBLE_BYTES
 from fed_core.payload.manifest import Manifest, UpdateInfo, parse_manifest, parse_preamble
@@ -61,6 +64,18 @@ class MemoryFile:
         if self._view is None or len(self._view) != os.fstat(self.file.fileno()).st_size:
             self._view = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._view
+
+    def rewind(self) -> None:
+        """Begins to write it anew."""
+        self.file.seek(0)
+
+    def cut(self, num_bytes: int) -> None:
+        """Ends it after what was written: what was there before may have been longer."""
+        self.file.truncate(num_bytes)
+
+    def reader(self) -> PayloadReader:
+        """The payload that lies in it."""
+        return PayloadReader(Path(self.path))
 
     def __enter__(self) -> MemoryFile:
         return self
@@ -156,13 +171,11 @@ class LightClient:
         )
         self.call(self._stub.ReportEvaluation, request)
 
-    def download(self, assignment: participation_pb2.Assignment, into: MemoryFile) -> Manifest:
-        """Fetches the assignment's model and verifies it on the way."""
-        into.file.seek(0)
-        verifier = SegmentVerifier(assignment.model.digest, assignment.model.total_bytes)
-        request = transfer_pb2.DownloadRequest(
-            assignment_id=assignment.assignment_id, digest=assignment.model.digest, offset=0
-        )
+    def fetch(self, assignment_id: str, payload: common_pb2.PayloadRef, into: MemoryFile) -> Manifest:
+        """Fetches one payload and verifies it on the way."""
+        into.rewind()
+        verifier = SegmentVerifier(payload.digest, payload.total_bytes)
+        request = transfer_pb2.DownloadRequest(assignment_id=assignment_id, digest=payload.digest, offset=0)
         try:
             for frame in self._download(request, metadata=self._metadata):
                 chunk = parse_frame(frame)
@@ -171,13 +184,39 @@ class LightClient:
                     into.file.write(chunk[1])
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
-        return verifier.finish()
+        manifest = verifier.finish()
+        into.cut(manifest.total_bytes)
+        return manifest
 
-    def model(self, assignment: participation_pb2.Assignment) -> tuple[Manifest, dict[str, Tensor]]:
+    def download(
+        self, assignment: participation_pb2.Assignment, into: MemoryFile, base: MemoryFile | None = None
+    ) -> Manifest:
+        """The assignment's model as its payload in the raw codec, made of `base` and the payloads that the assignment names where
+        it is not one of them. `base` holds the raw payload of a model that the poll named in `model_digests`."""
+        model = assignment.model
+        if [payload.digest for payload in model.payloads] == [model.digest]:
+            return self.fetch(assignment.assignment_id, model.payloads[0], into)
+        with ExitStack() as opened:
+            steps = []
+            for payload in model.payloads:
+                memory = opened.enter_context(MemoryFile())
+                self.fetch(assignment.assignment_id, payload, memory)
+                steps.append(opened.enter_context(memory.reader()))
+            first = opened.enter_context(base.reader()) if base is not None else None
+            into.rewind()
+            written = assemble_model(first, steps, into.file)
+            into.cut(written.total_bytes)
+        assert written.digest == model.digest, "the payloads lead to another model than the assignment's"
+        with into.reader() as reader:
+            return reader.manifest
+
+    def model(
+        self, assignment: participation_pb2.Assignment, base: MemoryFile | None = None
+    ) -> tuple[Manifest, dict[str, Tensor]]:
         """The assignment's model, decoded."""
         with MemoryFile() as memory:
-            manifest = self.download(assignment, memory)
-            with PayloadReader(memory.path) as reader:  # type: ignore[arg-type]
+            manifest = self.download(assignment, memory, base)
+            with memory.reader() as reader:
                 return manifest, reader.tensors()
 
     def get_upload(self, assignment_id: str, digest: bytes) -> transfer_pb2.GetUploadResponse:
@@ -230,26 +269,28 @@ def encode_update(
     into: MemoryFile | None = None,
     **changes: Any,
 ) -> Update:
-    """An update for an assignment; `changes` replace fields of its manifest's header or UpdateInfo. With `into` its bytes live
-    there, until something else is written to it."""
+    """An update for an assignment, encoded as it asks; `changes` replace fields of its manifest's header or UpdateInfo. With `into`
+    its bytes live there, until something else is written to it."""
     info = UpdateInfo(assignment_id=assignment.assignment_id, num_examples=num_examples, metrics={"loss": 0.0})
     of_info = {key: changes.pop(key) for key in list(changes) if hasattr(info, key)}
     header: dict[str, Any] = {
         "kind": common_pb2.PAYLOAD_KIND_UPDATE,
         "run_id": assignment.run_id,
         "round": assignment.round,
-        "model_version": assignment.model_version,
+        "model_version": assignment.model.version,
         "base_digest": assignment.model.digest,
     } | changes
     with nullcontext(into) if into is not None else MemoryFile() as memory:
-        memory.file.seek(0)
+        memory.rewind()
         written = write_payload(
             memory.file,
             update=replace(info, **of_info),
             tensors=[(spec, make_tensor(spec)) for spec in specs],
-            codec=assignment.codec or "raw",
+            encoding=encoding_from_json(assignment.uplink) if assignment.uplink else None,
+            seed=assignment.plan.seed,
             **header,
         )
+        memory.cut(written.total_bytes)
         if into is not None:
             return Update(written.digest, into.view())
         memory.file.seek(0)
@@ -267,11 +308,16 @@ def constant(value: float) -> MakeTensor:
 
 
 def echo_rounds(client: LightClient, value: float, num_examples: int) -> int:
-    """Answers every assignment with a constant update until the run is over; returns how many. The tensors stay, the update is
-    encoded anew every time."""
+    """Answers every assignment with a constant update until the run is over; returns how many.
+
+    The tensors stay, the update is encoded anew every time. What an echo costs is not to hide what the coordinator costs: it
+    verifies every payload that it is sent, says that it holds the model to which they lead, and does not make it.
+    """
     done = 0
+    model_digest = b""
+    specs: tuple[TensorSpec, ...] = ()
     tensors: dict[str, Tensor] = {}
-    model_file, update_file = MemoryFile(), MemoryFile()
+    payload_file, update_file = MemoryFile(), MemoryFile()
 
     def tensor_of(spec: TensorSpec) -> Tensor:
         if spec.name not in tensors:
@@ -280,7 +326,7 @@ def echo_rounds(client: LightClient, value: float, num_examples: int) -> int:
 
     while True:
         try:
-            answer = client.poll()
+            answer = client.poll(model_digests=[model_digest] if model_digest else [])
         except UnavailableError:
             return done
         if not answer.assignments:
@@ -288,8 +334,10 @@ def echo_rounds(client: LightClient, value: float, num_examples: int) -> int:
                 return done
             continue
         assignment = answer.assignments[0]
-        manifest = client.download(assignment, model_file)
-        update = encode_update(assignment, manifest.specs, tensor_of, num_examples, into=update_file)
+        for payload in assignment.model.payloads:
+            specs = client.fetch(assignment.assignment_id, payload, payload_file).specs
+        model_digest = assignment.model.digest
+        update = encode_update(assignment, specs, tensor_of, num_examples, into=update_file)
         try:
             client.upload(assignment.assignment_id, update)
             done += 1
