@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, mode
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
 
+from fed_core.codecs.auto import AutoConfig
+from fed_core.codecs.config import CodecTable
+from fed_core.codecs.registry import EncodingConfig
 from fed_core.errors import ConfigError
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -38,9 +41,14 @@ LabelWord = Annotated[str, Field(min_length=1, max_length=63, pattern=WORD)]
 
 
 class ConfigTable(BaseModel):
-    """One table of the TOML file: frozen, unknown keys refused, no number read out of a string, no NaN or infinity."""
+    """One table of the TOML file: frozen, unknown keys refused, no number read out of a string, no NaN or infinity.
+
+    The tables of encodings (`fed_core.codecs`) are like these and stand beside them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Table = ConfigTable | CodecTable
 
 
 def _refuse(problems: Mapping[str, str]) -> None:
@@ -325,10 +333,56 @@ class StopConfig(ConfigTable):
     )
 
 
-class RawConfig(ConfigTable):
-    """Tensors travel as they are."""
+class LatticeDownlinkConfig(ConfigTable):
+    """Versions travel as sparse differences in whole steps of powers of two, lossless for every client; what is left out of one is
+    carried into the next."""
 
-    kind: Literal["raw"] = Field(default="raw", description="Lossless, no compression.")
+    kind: Literal["lattice"] = Field(default="lattice", description="Deltas in whole steps of powers of two.")
+    step: float = Field(
+        default=4.0,
+        gt=0,
+        le=1024,
+        description="Step of a round's delta, in root mean squares of what the round changed, tensor by tensor; rounded down to a power "
+        "of two. Wider is shorter: a change is sent when it has grown to a step.",
+    )
+    finest_step: float = Field(
+        default=2.0**-5,
+        ge=0,
+        le=1,
+        description="Finest step there is, in root mean squares of the tensor's weights. The versions that clients see have a resolution "
+        "of about this much.",
+    )
+    dead_zone: float = Field(
+        default=0.75,
+        ge=0.5,
+        le=4,
+        description="Steps below which a change waits. 0.5: none does.",
+    )
+    first_error: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Error of version 0 as it is sent, |v - w|^2 / |w|^2. Random weights do not mind; for a model that was trained before "
+        "say 0.0001.",
+    )
+
+
+class DeltaDownlinkConfig(ConfigTable):
+    """Versions travel as differences in any encoding; who lacks one gets the chain of them, or the whole model."""
+
+    kind: Literal["delta"] = Field(default="delta", description="Deltas in an encoding of your choice.")
+    encoding: EncodingConfig = Field(default=AutoConfig(), description="How the differences are encoded.")
+
+
+class RawDownlinkConfig(ConfigTable):
+    """Every version travels whole."""
+
+    kind: Literal["raw"] = Field(default="raw", description="Lossless and whole, every time.")
+
+
+DownlinkConfig = Annotated[
+    LatticeDownlinkConfig | DeltaDownlinkConfig | RawDownlinkConfig, Field(discriminator="kind")
+]
 
 
 class KeepConfig(ConfigTable):
@@ -373,7 +427,8 @@ class RunConfig(ConfigTable):
     )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="How model versions are measured.")
     stop: StopConfig = Field(default=StopConfig(), description="What ends the run before max_rounds.")
-    codec: RawConfig = Field(default=RawConfig(), description="How tensors are encoded on the wire.")
+    uplink: EncodingConfig = Field(default=AutoConfig(), description="How clients encode their updates.")
+    downlink: DownlinkConfig = Field(default=LatticeDownlinkConfig(), description="How versions are sent to the clients.")
     keep: KeepConfig = Field(default=KeepConfig(), description="How long model versions are kept.")
 
     @model_validator(mode="after")
@@ -428,12 +483,12 @@ def _write(config: RunConfig, *, comments: bool) -> str:
     return "\n".join(_table("", config, comments=comments)).strip() + "\n"
 
 
-def _table(path: str, table: ConfigTable, *, comments: bool) -> Iterator[str]:
-    subtables: list[tuple[str, FieldInfo, ConfigTable]] = []
+def _table(path: str, table: Table, *, comments: bool) -> Iterator[str]:
+    subtables: list[tuple[str, FieldInfo, Table]] = []
     # The kind comes first: it says which keys follow.
     for name, field in sorted(type(table).model_fields.items(), key=lambda item: item[0] != "kind"):
         value = getattr(table, name)
-        if isinstance(value, ConfigTable):
+        if isinstance(value, Table):
             subtables.append((f"{path}.{name}" if path else name, field, value))
             continue
         if comments:
@@ -471,7 +526,7 @@ def _value(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    if isinstance(value, ConfigTable):
+    if isinstance(value, Table):
         return _value({name: getattr(value, name) for name in type(value).model_fields})
     if isinstance(value, Mapping):
         items = (f"{_key(key)} = {_value(item)}" for key, item in value.items())
@@ -488,10 +543,10 @@ def _key(key: str) -> str:
 # Reading the models: which keys there are, what they may be.
 
 
-def union_members(field: FieldInfo) -> dict[str, type[ConfigTable]]:
+def union_members(field: FieldInfo) -> dict[str, type[Table]]:
     """The tables that a field may hold, by kind; one without a `kind` stands under the empty string, none for a plain value."""
     candidates = get_args(field.annotation) or (field.annotation,)
-    tables = [arg for arg in candidates if isinstance(arg, type) and issubclass(arg, ConfigTable)]
+    tables = [arg for arg in candidates if isinstance(arg, type) and issubclass(arg, Table)]
     return {str(table.model_fields["kind"].default) if "kind" in table.model_fields else "": table for table in tables}
 
 
@@ -536,7 +591,7 @@ def _number(value: float) -> str:
     return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 
-def option_paths(table: type[ConfigTable] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
+def option_paths(table: type[Table] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
     """Every option as (path, kind that it belongs to or "", field), tables before what is in them."""
     kind = str(table.model_fields["kind"].default) if "kind" in table.model_fields else ""
     for name, field in table.model_fields.items():
@@ -589,10 +644,10 @@ def _explain(details: ErrorDetails) -> list[str]:
     return [f"{path}: expected {_expected(details, field)}, {got}"]
 
 
-def _locate(loc: Sequence[int | str]) -> tuple[str, type[ConfigTable], FieldInfo | None]:
+def _locate(loc: Sequence[int | str]) -> tuple[str, type[Table], FieldInfo | None]:
     """Path of an error as it stands in the file, the table that it is in, and the field; the field is None for an unknown
     key. pydantic's own location also names the member of a union, which no file does."""
-    table: type[ConfigTable] = RunConfig
+    table: type[Table] = RunConfig
     field: FieldInfo | None = None
     path = ""
     parts = list(loc)
@@ -615,7 +670,7 @@ def _locate(loc: Sequence[int | str]) -> tuple[str, type[ConfigTable], FieldInfo
     return path, table, field
 
 
-def _explain_unknown(path: str, table: type[ConfigTable]) -> str:
+def _explain_unknown(path: str, table: type[Table]) -> str:
     *_, name = path.split(".")
     here = list(table.model_fields)
     if near := difflib.get_close_matches(name, here, n=1):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fed_core.codecs.base import TileSource
 from fed_core.errors import PayloadError
+from fed_core.payload.manifest import RAW
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import Written, write_payload
 from fed_core.specs import TensorSpec, explain_difference
@@ -95,7 +96,8 @@ def _source(spec: TensorSpec, first: PayloadReader, deltas: Sequence[PayloadRead
         if not whole:
             value = first.tensor(spec.name)
             for delta in deltas:
-                value = apply_difference(value, delta.tensor(spec.name))
+                change = delta.tensor(spec.name)
+                value = change if delta.entry(spec.name).codec == RAW else apply_difference(value, change)
             whole.append(value.reshape(-1))
         part = whole[0][start : start + num_coordinates]
         if start + num_coordinates == spec.num_elements:

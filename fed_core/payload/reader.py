@@ -44,7 +44,7 @@ class PayloadReader:
         try:
             self.manifest = self._read_manifest(expected_digest)
             for entry in self.manifest.tensors:
-                _check_entry(entry)
+                check_entry(entry)
         except BaseException:
             self.close()
             raise
@@ -174,7 +174,7 @@ def check_bundled(manifest: Manifest, tensor: BundledTensor) -> tuple[memoryview
     return tensor.head if codec.has_head else None, tensor.body
 
 
-def _check_entry(entry: TensorEntry) -> None:
+def check_entry(entry: TensorEntry) -> None:
     """Refuses a codec that is unknown and bodies of a length that it cannot make, before memory is set aside for their values."""
     codec_named(entry.codec)
     if entry.is_bundled:

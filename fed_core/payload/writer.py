@@ -6,9 +6,10 @@ then the segments, then the manifest over the placeholder. A crash in between le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import io
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 from blake3 import blake3
@@ -33,9 +34,9 @@ from fedstream.v1 import common_pb2, payload_pb2
 OnProgress = Callable[[int, int], None]
 """Called with (raw bytes done, raw bytes in all) after every body."""
 
-OnDecoded = Callable[[TensorSpec, int, Tensor], None]
-"""Called with (spec, first coordinate, what a receiver will decode there), tile by tile, each tensor in order; the tile is good until
-the call returns."""
+OnDecoded = Callable[[TensorSpec, str, int, Tensor], None]
+"""Called with (spec, codec, first coordinate, what a receiver will decode there), tile by tile, each tensor in order; the tile is good
+until the call returns. Bundled tensors come before the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ def write_payload(
     tensors: Iterable[tuple[TensorSpec, Tensor | TileSource]],
     encoding: Encoding | None = None,
     seed: int = 0,
+    new_values: Mapping[str, TileSource] | None = None,
     result_digest: Callable[[], bytes] | None = None,
     on_decoded: OnDecoded | None = None,
     on_progress: OnProgress | None = None,
@@ -89,7 +91,8 @@ def write_payload(
 
     A source is the tensor itself, on any device, or a function that gives it tile by tile, as often as it is asked. `encoding`
     (default: raw) plans all tensors first; what is lossy is decoded again as it is written, so that error and gain are measured and not
-    estimated, and go into `update` where there is one. `result_digest` is called when all segments are written: the identity of the model
+    estimated, and go into `update` where there is one. `new_values` belong to a delta, whose tensors in the raw codec hold the new value
+    itself: as short as a difference, and exact. `result_digest` is called when all segments are written: the identity of the model
     that a delta, or a model in another codec than raw, leads to. Memory: the heads, a bundle of at most 1 MiB, and a few tiles.
 
     Raises PayloadError, before a byte is written, where the manifest would break a limit, and later where a tile is not what its spec
@@ -97,16 +100,21 @@ def write_payload(
     """
     sources = tuple((spec, _tile_source(spec, source)) for spec, source in tensors)
     raw_bytes = sum(spec.num_bytes for spec, _ in sources)
-    meter = _Meter()
-    writer = _SegmentWriter(sources, raw_bytes, meter, on_decoded, on_progress)
     plans = (encoding or RawConfig()).plan(sources, seed=seed)
     assert len(plans) == len(sources), "an encoding plans every tensor"
+    if new_values is not None:
+        sources = tuple(
+            (spec, new_values[spec.name] if plan.codec == RAW else source)
+            for (spec, source), plan in zip(sources, plans, strict=True)
+        )
+    meter = _Meter()
+    writer = _SegmentWriter(sources, raw_bytes, meter, on_decoded, on_progress)
 
     codecs = list(dict.fromkeys(plan.codec for plan in plans))
     is_raw = all(codec == RAW for codec in codecs)
     specs = payload_pb2.TensorSpecs(specs=[to_proto(spec) for spec, _ in sources])
     is_lossless_model = kind == common_pb2.PAYLOAD_KIND_MODEL and is_raw
-    bundled = _choose_bundled(sources, plans)
+    bundled = [] if is_lossless_model else _choose_bundled(sources, plans)
     manifest = payload_pb2.Manifest(
         kind=kind,
         run_id=run_id,
@@ -126,7 +134,7 @@ def write_payload(
         bundle=payload_pb2.Segment(encoded_bytes=1, digest=bytes(DIGEST_BYTES)) if bundled else None,
         raw_bytes=raw_bytes,
         update=update.to_proto() if update is not None else None,
-        result_digest=bytes(DIGEST_BYTES) if result_digest is not None else b"",
+        result_digest=bytes(DIGEST_BYTES) if result_digest is not None and not is_lossless_model else b"",
     )
     manifest.encoded_bytes = bool(bundled) + sum(
         len(entry.bodies) + entry.HasField("head") for entry in manifest.tensors
@@ -154,8 +162,9 @@ def write_payload(
     fidelity = meter.fidelity()
     if manifest.HasField("update"):
         manifest.update.error, manifest.update.gain = fidelity.error, fidelity.gain
-    if result_digest is not None:
-        manifest.result_digest = result_digest()
+    digest = result_digest() if result_digest is not None else b""
+    if not is_lossless_model:
+        manifest.result_digest = digest
 
     final = manifest.SerializeToString()
     assert len(final) == len(placeholder), "a manifest's size must not depend on its segments"
@@ -170,6 +179,30 @@ def write_payload(
         fidelity=fidelity,
         codecs={codec: sum(plan.codec == codec for plan in plans) for codec in codecs},
     )
+
+
+def identify_model(run_id: str, model_version: int, tensors: Iterable[tuple[TensorSpec, Tensor | TileSource]]) -> Written:
+    """Digest and length of a model's payload in the raw codec, which are its identity, without writing it. One pass, O(tile) memory."""
+    return write_payload(
+        cast(BinaryIO, _Nowhere()),
+        kind=common_pb2.PAYLOAD_KIND_MODEL,
+        run_id=run_id,
+        round=0,
+        model_version=model_version,
+        base_digest=b"",
+        update=None,
+        tensors=tensors,
+    )
+
+
+class _Nowhere(io.RawIOBase):
+    """A file that forgets what is written to it."""
+
+    def write(self, data: object) -> int:
+        return 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0
 
 
 class _Meter:
@@ -222,7 +255,7 @@ class _SegmentWriter:
                 decoder.decode(first, body, decoded)
                 self._meter.add(tile, decoded)
             if self._on_decoded is not None:
-                self._on_decoded(spec, first, decoded)
+                self._on_decoded(spec, plan.codec, first, decoded)
             self._done += tile.nbytes
             if self._on_progress is not None:
                 self._on_progress(self._done, self._raw_bytes)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from fed_core.codecs.base import TensorDecoder
 from fed_core.codecs.registry import codec_named
-from fed_core.errors import NotFiniteError, UpdateRefusedError
-from fed_core.payload.manifest import Manifest, SegmentSpan
+from fed_core.errors import NotFiniteError, PayloadError, UpdateRefusedError
+from fed_core.payload.manifest import RAW, Manifest, SegmentSpan, TensorEntry, split_bundle
+from fed_core.payload.reader import check_bundled, check_entry
 from fed_core.specs import TensorSpec, explain_difference
 from fed_core.tensors import torch_dtype
 from fed_server.aggregation.mean import as_reals
@@ -20,7 +22,8 @@ MAX_METRICS = 64
 
 @dataclass(frozen=True)
 class Expected:
-    """What an assignment asked for. `bounds` holds the largest absolute value by tensor; tensors without one are not bounded."""
+    """What an assignment asked for. `bounds` holds the largest absolute value by tensor; tensors without one are not bounded.
+    `codecs` are those that the run takes besides raw."""
 
     assignment_id: str
     run_id: str
@@ -29,7 +32,7 @@ class Expected:
     base_digest: bytes
     specs: tuple[TensorSpec, ...]
     bounds: Mapping[str, float]
-    codec: str
+    codecs: Collection[str]
     weighting: str
     max_weight: int
 
@@ -53,9 +56,9 @@ def check_manifest(manifest: Manifest, expected: Expected) -> int:
             f"the update's tensors are not the run's: {explain_difference(expected.specs, manifest.specs)}"
         )
     for entry in manifest.tensors:
-        if entry.codec not in (expected.codec, "raw"):
+        if entry.codec != RAW and entry.codec not in expected.codecs:
             raise UpdateRefusedError(
-                f"tensor {entry.spec.name!r} is encoded by {entry.codec!r}; the run takes {expected.codec!r}"
+                f"tensor {entry.spec.name!r} is encoded by {entry.codec!r}; the run takes {', '.join([RAW, *sorted(expected.codecs)])}"
             )
     if len(update.metrics) > MAX_METRICS:
         raise UpdateRefusedError(f"{len(update.metrics)} metrics; at most {MAX_METRICS} are taken")
@@ -85,24 +88,48 @@ class ValueChecker:
     def __init__(self, expected: Expected) -> None:
         self._expected = expected
         self._manifest: Manifest | None = None
-        self._heads: dict[int, bytes] = {}
+        # Of the tensor whose bodies are coming, by its index.
+        self._decoder: tuple[int, TensorDecoder] | None = None
         self.weight = 0
 
     def on_manifest(self, manifest: Manifest) -> None:
         """Checks everything that the manifest says."""
         self.weight = check_manifest(manifest, self._expected)
+        for entry in manifest.tensors:
+            check_entry(entry)
         self._manifest = manifest
-        self._heads.clear()
+        self._decoder = None
 
     def on_segment(self, span: SegmentSpan, data: memoryview) -> None:
-        """Checks one segment's values. Raises NotFiniteError or UpdateRefusedError naming the tensor."""
+        """Checks one segment's values. Raises NotFiniteError, UpdateRefusedError or PayloadError naming the tensor."""
         assert self._manifest is not None
+        if span.is_bundle:
+            for bundled in split_bundle(self._manifest, data):
+                entry = self._manifest.tensors[bundled.tensor_index]
+                head, body = check_bundled(self._manifest, bundled)
+                self._check(entry, codec_named(entry.codec).decoder(entry.spec, head), 0, entry.spec.num_elements, body)
+            return
         entry = self._manifest.tensors[span.tensor_index]
         if span.is_head:
-            self._heads[span.tensor_index] = bytes(data)
+            # Copied: the decoder may keep views of it.
+            self._decoder = span.tensor_index, self._named(entry, bytes(data))
             return
-        tile = torch.empty(span.num_coordinates, dtype=torch_dtype(entry.spec.dtype))
-        codec_named(entry.codec).decode(self._heads.get(span.tensor_index), data, tile)
+        if self._decoder is None or self._decoder[0] != span.tensor_index:
+            self._decoder = span.tensor_index, self._named(entry, None)
+        self._check(entry, self._decoder[1], span.first_coordinate, span.num_coordinates, data)
+
+    def _named(self, entry: TensorEntry, head: bytes | None) -> TensorDecoder:
+        try:
+            return codec_named(entry.codec).decoder(entry.spec, head)
+        except PayloadError as error:
+            raise PayloadError(f"tensor {entry.spec.name!r}: {error}") from error
+
+    def _check(self, entry: TensorEntry, decoder: TensorDecoder, first: int, count: int, body: memoryview) -> None:
+        tile = torch.empty(count, dtype=torch_dtype(entry.spec.dtype))
+        try:
+            decoder.decode(first, body, tile)
+        except PayloadError as error:
+            raise PayloadError(f"tensor {entry.spec.name!r}: {error}") from error
         if not (tile.is_floating_point() or tile.is_complex()):
             return
         low, high = (float(x) for x in torch.aminmax(as_reals(tile)))

@@ -563,9 +563,13 @@ def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
     parts: list[RenderableType] = [run_header(run), Text()]
     if response.rounds:
         parts += [_report_rounds(response, width), Text(), _report_traffic(response, width), Text()]
+        if (compression := _report_compression(response, width)) is not None:
+            parts += [compression, Text()]
         parts += [*_report_clients(response, width), Text()]
     grid = _facts()
     grid.add_row("ended" if run.HasField("finished_time") else "now", first_line(run.reason) or "still going on")
+    if saved := _saved(response):
+        grid.add_row("wire", saved)
     if best is not None:
         measured = ", ".join(f"{name} {format_metric(value)}" for name, value in metrics_of(best.metrics).items())
         grid.add_row("best", f"version {best.version}" + (f" ({measured})" if measured else ""))
@@ -573,6 +577,24 @@ def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
             grid.add_row("", Text(f"fedctl model download {run.name} --version best", style="dim"))
     parts.append(grid)
     return Group(*parts)
+
+
+def _saved(response: runs_pb2.GetReportResponse) -> str:
+    """Ratio, error and accuracy in one line; empty where nothing has moved."""
+    parts = [
+        f"{arrow} {traffic.raw_bytes / traffic.payload_bytes:,.1f}x smaller"
+        for arrow, traffic in (("↓", response.downlink), ("↑", response.uplink))
+        if traffic.payload_bytes
+    ]
+    of = [fidelity for round in response.rounds if (fidelity := _uplink_fidelity(round)) is not None]
+    if of and any(lossy for _, _, lossy in of):
+        parts.append(f"error of an update {sum(error for error, _, _ in of) / len(of):.3g}")
+        parts.append(f"gain {sum(gain for _, gain, _ in of) / len(of):.3f}")
+    metric = watched_metric(response.run)
+    measured = [value for round in response.rounds if (value := metrics_of(round.metrics).get(metric)) is not None]
+    if parts and measured:
+        parts.append(f"{metric} {format_metric(measured[-1])}")
+    return ", ".join(parts)
 
 
 def _report_rounds(response: runs_pb2.GetReportResponse, width: int) -> Table:
@@ -613,6 +635,53 @@ def _report_traffic(response: runs_pb2.GetReportResponse, width: int) -> Table:
     for round in response.rounds:
         table.add_row(str(round.round), *_traffic(round.downlink), *_traffic(round.uplink))
     return table
+
+
+def _report_compression(response: runs_pb2.GetReportResponse, width: int) -> Table | None:
+    """What compression saved and what it cost, by round; None where nothing was compressed."""
+    versions = {model.version: model for model in response.models}
+    all_errors = [_uplink_fidelity(round) for round in response.rounds]
+    if not any(fidelity is not None and fidelity[2] for fidelity in all_errors) and not any(
+        model.HasField("fidelity") for model in response.models
+    ):
+        return None
+    table = _table(
+        _number("round", "total"),
+        _number("↓ bits", _bits(response.downlink)), _number("error"), _number("delta"),
+        _number("↑ bits", _bits(response.uplink)), _number("error"), _number("gain"),
+        _word("tensors by codec  ↓ | ↑", max_width=max(12, width - 66)),
+        title="Compression  (bits a parameter, 32 uncompressed; ↓ error: what the delta leaves for the next, over the round's change)",
+        footer=True,
+        width=width,
+    )  # fmt: skip
+    for round, fidelity in zip(response.rounds, all_errors, strict=True):
+        model = versions.get(round.model_version) if round.model_version else None
+        down = model.fidelity if model is not None and model.HasField("fidelity") else None
+        table.add_row(
+            str(round.round),
+            _bits(round.downlink), f"{down.error:.3g}" if down else "", format_bytes(model.delta_bytes) if model and down else "",
+            _bits(round.uplink), *((f"{fidelity[0]:.3g}", f"{fidelity[1]:.3f}") if fidelity else ("", "")),
+            f"{_codecs(down.tensors) if down else ''} | {_codecs(fidelity[2]) if fidelity else ''}",
+        )  # fmt: skip
+    return table
+
+
+def _uplink_fidelity(round: runs_pb2.Round) -> tuple[float, float, dict[str, int]] | None:
+    """Mean error and gain of a round's updates, and the tensors by codec of one of them; None where none was received."""
+    of = [client.fidelity for client in round.clients if client.HasField("fidelity")]
+    if not of:
+        return None
+    lossy = {codec: count for codec, count in of[0].tensors.items() if codec != "raw"}
+    return sum(f.error for f in of) / len(of), sum(f.gain for f in of) / len(of), lossy
+
+
+def _codecs(tensors: Mapping[str, int]) -> str:
+    return " ".join(f"{codec} {count}" for codec, count in sorted(tensors.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _bits(traffic: runs_pb2.Traffic) -> str:
+    """Payload bits for every 32 bits of tensor."""
+    return f"{32 * traffic.payload_bytes / traffic.raw_bytes:.3g}" if traffic.raw_bytes and traffic.payload_bytes else ""
 
 
 def _traffic(traffic: runs_pb2.Traffic) -> list[str]:

@@ -73,7 +73,6 @@ def make_version_0(
                     base_digest=b"",
                     update=None,
                     tensors=sources,
-                    codec=config.codec.kind,
                     on_progress=on_progress,
                 )
         except OSError as error:

@@ -10,7 +10,7 @@ import torch
 from fed_core.batches import choose_device, evaluate, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
 from fed_core.errors import ConfigError, InvalidError
-from fed_core.payload.reader import PayloadReader
+from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import explain_difference
 from fed_core.tensors import load_tensors, model_specs
 from fed_core.workload import Data, Workload, initial_model, load_workload
@@ -50,14 +50,14 @@ class EvaluationJobs:
     def _evaluate(self, model_path: Path, batch_size: int, on_progress: OnProgress) -> Json:
         with reproducible(0, self._settings["num_threads"]):
             model = initial_model(self._workload, 0)
-            with PayloadReader(model_path) as payload:
-                difference = explain_difference(payload.manifest.specs, model_specs(model))
+            with SafetensorsReader(model_path) as version:
+                difference = explain_difference(version.specs, model_specs(model))
                 if difference:
                     raise InvalidError(
                         f"the workload's model at the coordinator is not the run's: {difference}; install the version of the "
                         "workload that the run was made with"
                     )
-                load_tensors(model, payload.tensors(verify=True))
+                load_tensors(model, {spec.name: version.tensor(spec.name) for spec in version.specs})
             total, metrics = evaluate(
                 self._workload,
                 model.to(self._device),

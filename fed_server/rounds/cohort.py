@@ -28,6 +28,11 @@ def client_seed(seed: int, round: int, name: str) -> int:
     return _hash("client", seed, round, name) >> 1
 
 
+def broadcast_seed(seed: int, version: int) -> int:
+    """Seed of what is random in the encoding of a version, 0 to 2**63 - 1."""
+    return _hash("broadcast", seed, version) >> 1
+
+
 def num_selected(size: int, over_selection: float) -> int:
     """Clients to select so that about `size` come through."""
     return ceil(size * over_selection)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fed_core.codecs.raw import RawConfig
 from fed_core.errors import (
     ConflictError,
     FedstreamError,
@@ -21,18 +22,21 @@ from fed_core.payload.manifest import Manifest
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import fingerprint
 from fed_server.aggregation.merge_rules import merge_rules
-from fed_server.config import RunConfig, parse_run_config
-from fed_server.rounds.cohort import Candidates, Selection, select
+from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RunConfig, parse_run_config
+from fed_server.rounds.broadcast import WHOLE
+from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select
+from fed_server.rounds.downlink import first_lattice_for
 from fed_server.rounds.membership import Presence
 from fed_server.rounds.policy import run_grid_policy
 from fed_server.rounds.run import LiveRun
 from fed_server.rounds.signal import Signal
 from fed_server.rounds.surroundings import Facilities
-from fed_server.rounds.version import payload_tile, write_version
+from fed_server.rounds.version import MadeVersion, VersionPaths, payload_tile, write_encoded, write_whole
 from fed_server.store.base import (
     AssignmentKind,
     AssignmentRecord,
     AssignmentState,
+    BroadcastRecord,
     ClientRecord,
     Metrics,
     ModelRecord,
@@ -162,10 +166,15 @@ class Coordinator:
         workloads: Mapping[str, str],
         software_version: str,
         clock_skew_seconds: float,
+        divergences: Iterable[tuple[str, int, str]] = (),
     ) -> Desired:
         """The full desired set of a client: at once where it differs from what the client holds, else when it begins to, or after
         the wait. Raises UnavailableError while draining."""
         await self._note_presence(client_id, labels, workloads, software_version, clock_skew_seconds)
+        for assignment_id, version, digest in divergences:
+            if assignment_id in self._open.get(client_id, {}):
+                run = self._runs[self._open[client_id][assignment_id].run_id]
+                await run.receive_divergence(assignment_id, version, digest)
         for assignment_id, phase in held.items():
             is_mine = assignment_id in self._open.get(client_id, {})
             if is_mine and self._facilities.membership.progress(assignment_id) is None:
@@ -312,23 +321,37 @@ class Coordinator:
             )
         policy = run_grid_policy(config)
         run_id = self._facilities.new_id()
-        path = files.model_path(run_id, 0)
-        model_part, payload_part = files.temporary(path), files.temporary(path.with_suffix(".payload"))
+        path, master_path = files.model_path(run_id, 0), files.master_path(run_id, 0)
+        parts = VersionPaths(
+            master=files.temporary(master_path),
+            model=files.temporary(path),
+            payload=files.temporary(files.payload_path(f"{run_id}-0")),
+        )
+        downlink = config.downlink
 
-        def make() -> tuple[RunRecord, ModelRecord]:
+        def write(payload: PayloadReader) -> MadeVersion:
+            specs, tile_of = payload.manifest.specs, payload_tile(payload)
+            if isinstance(downlink, RawDownlinkConfig):
+                return write_whole(specs, tile_of, parts.model, parts.payload, run_id=run_id, version=0)
+            return write_encoded(
+                specs,
+                tile_of,
+                # Deltas of other encodings begin at the model as it was given.
+                lambda change: first_lattice_for(downlink, change)
+                if isinstance(downlink, LatticeDownlinkConfig)
+                else RawConfig(),
+                parts,
+                run_id=run_id,
+                version=0,
+                seed=broadcast_seed(config.seed, 0),
+            )
+
+        def make() -> tuple[RunRecord, ModelRecord, BroadcastRecord]:
             with PayloadReader(model_path) as payload:
                 manifest = payload.manifest
                 merge_rules(manifest.specs, [(m.pattern, m.rule) for m in config.aggregation.merge])
                 _require_disk(self._facilities, manifest, config)
-                made = write_version(
-                    manifest.specs,
-                    payload_tile(payload),
-                    model_part,
-                    payload_part,
-                    run_id=run_id,
-                    version=0,
-                    codec=config.codec.kind,
-                )
+                made = write(payload)
             now = self._facilities.clock.now()
             record = RunRecord(
                 run_id=run_id,
@@ -348,33 +371,44 @@ class Coordinator:
                 round=0,
                 parent_version=-1,
                 digest=made.digest,
-                payload_digest=made.payload_digest,
-                payload_bytes=made.payload_bytes,
+                payload_digest=made.identity,
+                payload_bytes=made.identity_bytes,
                 file_bytes=made.file_bytes,
                 created_time=now,
             )
-            return record, model
+            broadcast = BroadcastRecord(
+                run_id=run_id,
+                version=0,
+                base_version=WHOLE,
+                digest=made.payload.digest.hex(),
+                num_bytes=made.payload.total_bytes,
+                created_time=now,
+            )
+            return record, model, broadcast
 
-        async def publish(record: RunRecord, model: ModelRecord) -> LiveRun:
+        async def publish(record: RunRecord, model: ModelRecord, broadcast: BroadcastRecord) -> LiveRun:
             async with self.files_lock:
-                await workers.disk(files.publish, model_part, path)
-                await workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest))
+                await workers.disk(files.publish, parts.model, path)
+                await workers.disk(files.publish, parts.payload, files.payload_path(broadcast.digest))
+                if parts.master.exists():
+                    await workers.disk(files.publish, parts.master, master_path)
 
                 def write(tx: Transaction) -> None:
                     tx.put(record)
                     tx.put(model)
+                    tx.put(broadcast)
 
                 await workers.store(write)
             return await self._adopt(record, config)
 
         try:
             with files.disk_errors(f"making run {config.name!r}"):
-                record, model = await workers.compute(make)
+                record, model, broadcast = await workers.compute(make)
             # Whoever submitted may hang up now: a run that the store has needs its driver all the same.
-            run = await asyncio.shield(asyncio.create_task(publish(record, model)))
+            run = await asyncio.shield(asyncio.create_task(publish(record, model, broadcast)))
         finally:
-            model_part.unlink(missing_ok=True)
-            payload_part.unlink(missing_ok=True)
+            for part in (parts.master, parts.model, parts.payload):
+                part.unlink(missing_ok=True)
         notices = [
             f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
         ]
@@ -522,6 +556,7 @@ class Coordinator:
             files = self._facilities.files
             listed = await self._facilities.workers.disk(files.listing)
             live_models: set[tuple[str, int]] = set()
+            live_masters: set[tuple[str, int]] = set()
             live_payloads: set[str] = set()
 
             def read(tx: Transaction) -> tuple[set[str], set[str]]:
@@ -531,16 +566,14 @@ class Coordinator:
                     for model in tx.models(record.run_id):
                         if model.is_available:
                             live_models.add((record.run_id, model.version))
-                        if record.state is RunState.ACTIVE and model.version == record.model_version:
-                            live_payloads.add(model.payload_digest)
                     if record.state is not RunState.ACTIVE:
                         continue
+                    live_masters.add((record.run_id, record.model_version))
+                    live_payloads.update(b.digest for b in tx.broadcasts(record.run_id) if b.is_available)
                     round = tx.round(record.run_id, record.round) if record.round else None
                     if round is None or round.state in (RoundState.COMMITTED, RoundState.FAILED):
                         continue
-                    base = tx.model(record.run_id, round.base_version)
-                    if base is not None:
-                        live_payloads.add(base.payload_digest)
+                    live_masters.add((record.run_id, round.base_version))
                     for assignment in tx.assignments(record.run_id, round.round):
                         if assignment.state is AssignmentState.RECEIVED:
                             updates.add(assignment.assignment_id)
@@ -550,7 +583,7 @@ class Coordinator:
 
             updates, uploads = await self._facilities.workers.store(read)
             deleted = await self._facilities.workers.disk(
-                files.sweep, updates, uploads, live_payloads, live_models, listed
+                files.sweep, updates, uploads, live_payloads, live_models, live_masters, listed
             )
             if deleted:
                 logger.debug("files deleted", extra={"count": len(deleted)})
@@ -580,7 +613,7 @@ def _why_dropped(tx: Transaction, client_id: str, assignment_id: str) -> str:
 
 
 def _require_disk(facilities: Facilities, manifest: Manifest, config: RunConfig) -> None:
-    """A run needs its kept versions, the one being made, their payloads and a round's updates at once."""
+    """A run needs its kept versions, the one being made, master weights, payloads and a round's updates at once."""
     updates = config.cohort.size * config.cohort.over_selection
-    needed = int(manifest.raw_bytes * (config.keep.versions + 4 + updates))
+    needed = int(manifest.raw_bytes * (config.keep.versions + 6 + updates))
     facilities.files.require_free(needed, f"run {config.name!r} (its versions and a round's updates)")

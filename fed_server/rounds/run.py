@@ -12,9 +12,11 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
+from fed_core.codecs.base import Encoding
+from fed_core.codecs.registry import CODECS_OF
 from fed_core.errors import DiskFullError, FedstreamError, NoLongerNeededError
 from fed_core.failpoints import failpoint
-from fed_core.payload.manifest import UpdateInfo
+from fed_core.payload.manifest import Manifest
 from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec
@@ -23,21 +25,32 @@ from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.registry import AGGREGATORS
 from fed_server.aggregation.validate import Expected
-from fed_server.config import RunConfig
+from fed_server.config import DeltaDownlinkConfig, LatticeDownlinkConfig, RawDownlinkConfig, RunConfig
 from fed_server.optim.sgd import Sgd
-from fed_server.rounds.cohort import client_seed
+from fed_server.rounds.broadcast import WHOLE, Broadcasts
+from fed_server.rounds.cohort import broadcast_seed, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
+from fed_server.rounds.downlink import lattice_for
 from fed_server.rounds.folding import Folding
 from fed_server.rounds.metrics import mean_metrics
 from fed_server.rounds.policy import run_grid_policy, stop_rules, training_plan
 from fed_server.rounds.signal import Signal
 from fed_server.rounds.stop import Best, stop_reason, update_best
 from fed_server.rounds.surroundings import Facilities, Surroundings
-from fed_server.rounds.version import largest_values, next_tile, write_version
+from fed_server.rounds.version import (
+    ChangeMeter,
+    MadeVersion,
+    VersionPaths,
+    largest_values,
+    next_tile,
+    write_encoded,
+    write_whole,
+)
 from fed_server.store.base import (
     AssignmentKind,
     AssignmentRecord,
     AssignmentState,
+    BroadcastRecord,
     Metrics,
     ModelRecord,
     RoundRecord,
@@ -80,6 +93,15 @@ class LiveRun:
         self._unsaved_seconds = 0.0
         self._waited_seconds = 0.0
         self._folding = Folding(facilities.workers, facilities.files, surroundings.name_of)
+        self.broadcasts = Broadcasts(
+            facilities,
+            surroundings,
+            record.run_id,
+            self.models,
+            is_lattice=isinstance(config.downlink, LatticeDownlinkConfig),
+        )
+        # What each open assignment has begun to fetch, so that a resumed transfer is counted once.
+        self._fetched: set[tuple[str, str]] = set()
 
     # What others read
 
@@ -129,7 +151,7 @@ class LiveRun:
             base_digest=bytes.fromhex(self.models[assignment.model_version].payload_digest),
             specs=self.specs,
             bounds=bounds_of(self.round.grid, self._grid_policy),
-            codec=self.config.codec.kind,
+            codecs=CODECS_OF[self.config.uplink.kind],
             weighting=self.config.aggregation.weighting,
             max_weight=self._grid_policy.max_weight,
         )
@@ -140,7 +162,9 @@ class LiveRun:
         """Reads what is unfinished; called once before `drive`."""
 
         def read(tx: Transaction) -> None:
-            self.models = {model.version: model for model in tx.models(self.run_id)}
+            self.models |= {model.version: model for model in tx.models(self.run_id)}
+            for record in tx.broadcasts(self.run_id):
+                self.broadcasts.remember(record)
             rounds = tx.rounds(self.run_id)
             if rounds and rounds[-1].state not in (RoundState.COMMITTED, RoundState.FAILED):
                 self.round = rounds[-1]
@@ -404,56 +428,58 @@ class LiveRun:
                 Decision(Verdict.FAIL, f"fewer updates than the quorum of {round.quorum} are left: {lost}")
             )
             return
-        base, version = self.models[round.base_version], self.record.model_version + 1
-        model_path = files.model_path(self.run_id, version)
-        model_part, payload_part = files.temporary(model_path), files.temporary(model_path.with_suffix(".payload"))
-        optimizer = Sgd(self.config.server_optimizer.learning_rate)
-
-        def make() -> ModelRecord:
-            with SafetensorsReader(files.model_path(self.run_id, base.version)) as reader:
-                made = write_version(
-                    self.specs,
-                    next_tile(reader, aggregate, optimizer),
-                    model_part,
-                    payload_part,
-                    run_id=self.run_id,
-                    version=version,
-                    codec=self.config.codec.kind,
-                )
-            self._max_abs = (version, made.max_abs)
-            return ModelRecord(
+        version = self.record.model_version + 1
+        model_path, master_path = files.model_path(self.run_id, version), files.master_path(self.run_id, version)
+        parts = VersionPaths(
+            master=files.temporary(master_path),
+            model=files.temporary(model_path),
+            payload=files.temporary(files.payload_path(f"{self.run_id}-{version}")),
+        )
+        workers = self._facilities.workers
+        try:
+            with files.disk_errors(f"making version {version}"):
+                made = await workers.compute(self._make_version, aggregate, version, parts)
+            model = ModelRecord(
                 run_id=self.run_id,
                 version=version,
                 round=round.round,
-                parent_version=base.version,
+                parent_version=round.base_version,
                 digest=made.digest,
-                payload_digest=made.payload_digest,
-                payload_bytes=made.payload_bytes,
+                payload_digest=made.identity,
+                payload_bytes=made.identity_bytes,
                 file_bytes=made.file_bytes,
                 created_time=self._facilities.clock.now(),
                 num_updates=aggregate.num_updates,
                 num_examples=sum(
                     a.num_examples for a in self.assignments.values() if a.state is AssignmentState.RECEIVED
                 ),
+                error=made.error,
+                gain=made.gain,
+                codecs=made.payload.codecs if self._sends_deltas else {},
             )
-
-        workers = self._facilities.workers
-        try:
-            with files.disk_errors(f"making version {version}"):
-                model = await workers.compute(make)
+            broadcast = BroadcastRecord(
+                run_id=self.run_id,
+                version=version,
+                base_version=round.base_version if self._sends_deltas else WHOLE,
+                digest=made.payload.digest.hex(),
+                num_bytes=made.payload.total_bytes,
+                created_time=model.created_time,
+            )
+            self._max_abs = (version, made.max_abs)
             await self._tick()
             async with self._moving, self._surroundings.files_lock:
                 if self.record.state is not RunState.ACTIVE:
                     return
                 await asyncio.gather(
-                    workers.disk(files.publish, model_part, model_path),
-                    workers.disk(files.publish, payload_part, files.payload_path(model.payload_digest)),
+                    workers.disk(files.publish, parts.model, model_path),
+                    workers.disk(files.publish, parts.payload, files.payload_path(broadcast.digest)),
+                    *([workers.disk(files.publish, parts.master, master_path)] if self._sends_deltas else []),
                 )
                 failpoint("before-commit")
-                evaluators, committed = await self._commit(model)
+                evaluators, committed = await self._commit(model, broadcast)
         finally:
-            model_part.unlink(missing_ok=True)
-            payload_part.unlink(missing_ok=True)
+            for part in (parts.master, parts.model, parts.payload):
+                part.unlink(missing_ok=True)
         logger.info(
             "version committed",
             extra={"run": self.record.name, "round": round.round, "version": version, "updates": model.num_updates}
@@ -463,7 +489,49 @@ class LiveRun:
         if committed.state is RoundState.COMMITTED:
             await self._retire_versions()
 
-    async def _commit(self, model: ModelRecord) -> tuple[list[AssignmentRecord], RoundRecord]:
+    def _make_version(self, aggregate: Aggregator, version: int, parts: VersionPaths) -> MadeVersion:
+        """Writes the next version's files; blocks."""
+        assert self.round is not None
+        files, base = self._facilities.files, self.models[self.round.base_version]
+        optimizer = Sgd(self.config.server_optimizer.learning_rate)
+        with SafetensorsReader(files.model_path(self.run_id, base.version)) as committed:
+            if not self._sends_deltas:
+                return write_whole(
+                    self.specs,
+                    next_tile(committed, aggregate, optimizer),
+                    parts.model,
+                    parts.payload,
+                    run_id=self.run_id,
+                    version=version,
+                )
+            with SafetensorsReader(files.master_path(self.run_id, base.version)) as master:
+                return write_encoded(
+                    self.specs,
+                    next_tile(master, aggregate, optimizer),
+                    self._downlink_encoding,
+                    parts,
+                    run_id=self.run_id,
+                    version=version,
+                    seed=broadcast_seed(self.config.seed, version),
+                    master=master,
+                    base=committed,
+                    base_digest=bytes.fromhex(base.payload_digest),
+                )
+
+    @property
+    def _sends_deltas(self) -> bool:
+        return not isinstance(self.config.downlink, RawDownlinkConfig)
+
+    def _downlink_encoding(self, change: ChangeMeter) -> Encoding:
+        downlink = self.config.downlink
+        if isinstance(downlink, DeltaDownlinkConfig):
+            return downlink.encoding
+        assert isinstance(downlink, LatticeDownlinkConfig)
+        return lattice_for(downlink, change)
+
+    async def _commit(
+        self, model: ModelRecord, broadcast: BroadcastRecord
+    ) -> tuple[list[AssignmentRecord], RoundRecord]:
         """The transaction that makes the version; its files are durable."""
         assert self.round is not None
         evaluators = self._new_evaluations(self.round, model.version)
@@ -475,10 +543,11 @@ class LiveRun:
             metrics=self._training_metrics(),
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
-        await self._write(record, committed, evaluators, [model])
+        await self._write(record, committed, evaluators, [model], [broadcast])
         self._folding.end()
         self.assignments |= {a.assignment_id: a for a in evaluators}
         self.models[model.version] = model
+        self.broadcasts.remember(broadcast)
         failpoint("after-commit")
         if is_last_phase:
             self._end_round()
@@ -547,7 +616,7 @@ class LiveRun:
             return {}, (
                 f"not evaluated at the coordinator: it has no workload {self.config.workload!r}; start fed-server with --workload"
             )
-        path = self._facilities.files.payload_path(self.models[version].payload_digest)
+        path = self._facilities.files.model_path(self.run_id, version)
         try:
             _, metrics = await asyncio.to_thread(evaluator.evaluate, path, self.config.evaluation.batch_size)
         except FedstreamError as error:
@@ -558,7 +627,7 @@ class LiveRun:
         return metrics, ""
 
     async def _retire_versions(self) -> None:
-        """Deletes the files of versions beyond the last `keep.versions` and the best one."""
+        """Deletes the files of versions beyond the last `keep.versions` and the best one, and payloads that lead nowhere any more."""
         keep = {*sorted(self.models)[-self.config.keep.versions :], self.record.model_version}
         if self.record.best_metric is not None:
             keep.add(self.record.best_version)
@@ -567,14 +636,18 @@ class LiveRun:
             for model in self.models.values()
             if model.is_available and model.version not in keep
         ]
-        if retired:
+        in_use = {a.model_version for a in self.open_assignments()}
+        retired_broadcasts = self.broadcasts.retire(self.record.model_version, in_use)
+        if retired or retired_broadcasts:
 
             def write(tx: Transaction) -> None:
-                for model in retired:
-                    tx.put(model)
+                for record in (*retired, *retired_broadcasts):
+                    tx.put(record)
 
             await self._facilities.workers.store(write)
             self.models |= {model.version: model for model in retired}
+            for record in retired_broadcasts:
+                self.broadcasts.remember(record)
         self._surroundings.garbage_left()
 
     async def _finish(self, state: RunState, reason: str) -> None:
@@ -609,7 +682,7 @@ class LiveRun:
     # What clients report
 
     async def receive_update(
-        self, assignment_id: str, *, digest: str, total_bytes: int, raw_bytes: int, weight: int, update: UpdateInfo
+        self, assignment_id: str, *, manifest: Manifest, weight: int
     ) -> AssignmentRecord:
         """Records an update whose file is already durable: the moment from which it counts. The first wins; a repeat gets the
         first record. Raises NoLongerNeededError where the round takes no more."""
@@ -621,19 +694,24 @@ class LiveRun:
                 return assignment
             if assignment.state is not AssignmentState.OPEN or self.round.state is not RoundState.TRAINING:
                 raise NoLongerNeededError(assignment.reason or f"round {assignment.round} takes no more updates")
+            update = manifest.update
+            assert update is not None
             received = replace(
                 assignment,
                 state=AssignmentState.RECEIVED,
                 received_time=self._facilities.clock.now(),
-                digest=digest,
+                digest=manifest.digest.hex(),
                 num_examples=update.num_examples,
                 weight=weight,
                 num_steps=update.num_steps,
                 is_partial=update.is_partial,
                 training_seconds=update.training_seconds,
                 metrics=dict(update.metrics),
-                uplink_payload_bytes=total_bytes,
-                uplink_raw_bytes=raw_bytes,
+                uplink_payload_bytes=manifest.total_bytes,
+                uplink_raw_bytes=manifest.raw_bytes,
+                error=update.error,
+                gain=update.gain,
+                codecs=manifest.codecs,
             )
             failpoint("update-published")
             await self._write(self.record, None, [received])
@@ -678,6 +756,37 @@ class LiveRun:
         )
         self._surroundings.assignments_changed([failed])
 
+    async def receive_divergence(self, assignment_id: str, version: int, digest: str) -> None:
+        """A delta did not give a client the version that it should have: an arithmetic that is not ours, or a damaged file. It has
+        discarded its model and will be sent a whole one."""
+        async with self._moving:
+            assignment = self.assignments.get(assignment_id)
+            if assignment is None:
+                return
+            diverged = replace(assignment, has_diverged=True)
+            await self._write(self.record, None, [diverged])
+        logger.warning(
+            "DIVERGED: a client made another model of the deltas, and will be sent a whole one",
+            extra={
+                "run": self.record.name,
+                "client": self._surroundings.name_of(assignment.client_id),
+                "version": version,
+                "digest": digest[:16],
+            },
+        )
+
+    def count_download(self, assignment_id: str, digest: str, num_bytes: int) -> None:
+        """Counts a payload that an assignment begins to fetch, once."""
+        if (assignment_id, digest) in self._fetched or assignment_id not in self.assignments:
+            return
+        self._fetched.add((assignment_id, digest))
+        is_first = self.assignments[assignment_id].downlink_payload_bytes == 0
+        self.count_traffic(
+            assignment_id,
+            downlink_payload_bytes=num_bytes,
+            downlink_raw_bytes=self.record.model_bytes if is_first else 0,
+        )
+
     def count_traffic(self, assignment_id: str, **more: int) -> None:
         """Adds to an assignment's byte counters (`downlink_wire_bytes` ...). Written down with its next move, so a crash in between
         may forget some; they are never counted twice."""
@@ -695,6 +804,7 @@ class LiveRun:
         round: RoundRecord | None,
         assignments: Iterable[AssignmentRecord] = (),
         models: Iterable[ModelRecord] = (),
+        broadcasts: Iterable[BroadcastRecord] = (),
     ) -> bool:
         """One transaction, then the same in memory. False where the run has ended in the meantime and nothing was written."""
         if self.record.state is not RunState.ACTIVE:
@@ -708,6 +818,8 @@ class LiveRun:
                 tx.put(round)
             for model in models:
                 tx.put(model)
+            for broadcast in broadcasts:
+                tx.put(broadcast)
             for assignment in changed:
                 tx.put(assignment)
             if round is not None:
@@ -731,6 +843,7 @@ class LiveRun:
         for assignment_id in self.assignments:
             self._facilities.membership.forget(assignment_id)
         self._folding.end()
+        self._fetched.clear()
         self.round, self.assignments = None, {}
 
     def _new_aggregate(self) -> Aggregator:

@@ -23,7 +23,7 @@ class ModelEvaluator(Protocol):
     """Evaluates a model on data that the coordinator has."""
 
     def evaluate(self, model_path: Path, batch_size: int) -> tuple[int, Metrics]:
-        """Number of examples and mean metrics of a model payload; blocks."""
+        """Number of examples and mean metrics of a model file (safetensors); blocks."""
         ...
 
 

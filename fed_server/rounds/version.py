@@ -10,13 +10,16 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from fed_core.codecs.base import Encoding, TileSource
 from fed_core.errors import NotFiniteError
+from fed_core.payload.manifest import RAW
 from fed_core.payload.reader import PayloadReader
-from fed_core.payload.writer import write_payload
-from fed_core.safetensors_tiles import SafetensorsReader, SafetensorsWriter
-from fed_core.specs import TensorSpec
-from fed_core.tensors import torch_dtype
+from fed_core.payload.writer import Written, identify_model, write_payload
+from fed_core.safetensors_tiles import SafetensorsReader, SafetensorsWriter, tensors_digest
+from fed_core.specs import PARAMETER, TensorSpec
+from fed_core.tensors import apply_difference, difference, torch_dtype
 from fed_server.aggregation.base import Aggregator
+from fed_server.aggregation.exact import TILE
 from fed_server.aggregation.mean import as_reals
 from fed_server.optim.base import ServerOptimizer
 from fedstream.v1 import common_pb2
@@ -26,13 +29,19 @@ TileOf = Callable[[TensorSpec, int, int], Tensor]
 
 @dataclass(frozen=True)
 class MadeVersion:
-    """What was written. `max_abs`: largest absolute value by floating tensor, for the next round's grid."""
+    """What was written. `identity` is the digest of the version's payload in the raw codec, of `identity_bytes`; `max_abs` the largest
+    absolute value by floating tensor, for the next round's grid. `payload` is what was encoded to be sent: the version whole, or the
+    delta from its parent. `error` is what the delta left out, |w' - v'|^2, over what the round changed, |w' - w|^2 (over 1 where much is
+    carried along), and `gain` how much of w' - v it carried; None where the version is sent whole."""
 
     digest: str
-    payload_digest: str
-    payload_bytes: int
+    identity: str
+    identity_bytes: int
     file_bytes: int
+    payload: Written
     max_abs: dict[str, float] = field(default_factory=dict)
+    error: float | None = None
+    gain: float | None = None
 
 
 def next_tile(base: SafetensorsReader, aggregate: Aggregator, optimizer: ServerOptimizer) -> TileOf:
@@ -55,39 +64,21 @@ def next_tile(base: SafetensorsReader, aggregate: Aggregator, optimizer: ServerO
     return tile_of
 
 
-def write_version(
-    specs: Sequence[TensorSpec],
-    tile_of: TileOf,
-    model_path: Path,
-    payload_path: Path,
-    *,
-    run_id: str,
-    version: int,
-    codec: str,
+def write_whole(
+    specs: Sequence[TensorSpec], tile_of: TileOf, model_path: Path, payload_path: Path, *, run_id: str, version: int
 ) -> MadeVersion:
-    """Writes a version once as safetensors, to keep, and once as a payload, to send; the caller publishes both.
+    """Writes a version once as safetensors, to keep, and once as a payload in the raw codec, to send whole; the caller publishes both.
 
     Memory: a few tiles. Raises NotFiniteError naming the tensor where a value is NaN or infinite (a float16 tensor overflowed).
     """
+    meter = _ValueMeter(version)
     hasher = blake3()
-    max_abs: dict[str, float] = {}
     with model_path.open("wb+") as model_file, payload_path.open("wb+") as payload_file:
-        writer = SafetensorsWriter(model_file, specs, {"run_id": run_id, "version": str(version)})
+        writer = SafetensorsWriter(model_file, specs, _metadata(run_id, version))
 
-        def source_of(spec: TensorSpec) -> Callable[[int, int], Tensor]:
-            def source(first: int, count: int) -> Tensor:
-                tile = tile_of(spec, first, count)
-                if tile.is_floating_point() or tile.is_complex():
-                    low, high = (float(x) for x in torch.aminmax(as_reals(tile)))
-                    largest = max(-low, high)
-                    if not largest < float("inf"):
-                        raise NotFiniteError(f"tensor {spec.name!r} of version {version} holds NaN or infinity")
-                    max_abs[spec.name] = max(largest, max_abs.get(spec.name, 0.0))
-                hasher.update(tile.contiguous().view(torch.uint8).numpy().data)
-                writer.write_tile(spec.name, first, tile)
-                return tile
-
-            return source
+        def seen(spec: TensorSpec, codec: str, first: int, tile: Tensor) -> None:
+            hasher.update(tile.view(torch.uint8).numpy().data)
+            writer.write_tile(spec.name, first, tile)
 
         written = write_payload(
             payload_file,
@@ -97,17 +88,176 @@ def write_version(
             model_version=version,
             base_digest=b"",
             update=None,
-            tensors=[(spec, source_of(spec)) for spec in specs],
-            codec=codec,
+            tensors=[(spec, meter.watch(spec, tile_of)) for spec in specs],
+            on_decoded=seen,
         )
         writer.finish()
     return MadeVersion(
         digest=hasher.hexdigest(),
-        payload_digest=written.digest.hex(),
-        payload_bytes=written.total_bytes,
+        identity=written.digest.hex(),
+        identity_bytes=written.total_bytes,
         file_bytes=model_path.stat().st_size,
-        max_abs=max_abs,
+        payload=written,
+        max_abs=meter.max_abs,
     )
+
+
+def write_encoded(
+    specs: Sequence[TensorSpec],
+    tile_of: TileOf,
+    encoding_for: Callable[[ChangeMeter], Encoding],
+    paths: VersionPaths,
+    *,
+    run_id: str,
+    version: int,
+    seed: int,
+    master: SafetensorsReader | None = None,
+    base: SafetensorsReader | None = None,
+    base_digest: bytes = b"",
+) -> MadeVersion:
+    """Writes the next master weights w', a payload that leads to the next version v', and v' itself.
+
+    `tile_of` gives w'. The payload encodes w' - v, a delta from the committed version v (`base`, identified by `base_digest`), or,
+    where there is none, w' as a whole model; v' is what a receiver makes of it, to the bit. What the encoding leaves out, w' - v', is
+    nowhere stored: it is in the next w' - v again. `encoding_for` chooses the encoding by what has changed since the last master
+    weights w. Memory: a few tiles and what the encoding needs. Raises NotFiniteError as `write_whole` does.
+    """
+    meter, change = _ValueMeter(version), ChangeMeter()
+    with paths.master.open("wb+") as file:
+        writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
+        for spec in specs:
+            watched = meter.watch(spec, tile_of)
+            for first, count in _tiles(spec):
+                tile = watched(first, count)
+                change.add(spec, tile, master.read_tile(spec.name, first, count) if master is not None else None)
+                writer.write_tile(spec.name, first, tile)
+        writer.finish()
+
+    seen = _ValueMeter(version)
+    with SafetensorsReader(paths.master) as moved, paths.model.open("wb+") as file, paths.payload.open("wb+") as out:
+        model_writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
+        new_values = dict((spec.name, source) for spec, source in file_sources(moved))
+
+        def change_of(spec: TensorSpec) -> TileSource:
+            def tile(first: int, count: int) -> Tensor:
+                value = new_values[spec.name](first, count)
+                return value if base is None else difference(value, base.read_tile(spec.name, first, count))
+
+            return tile
+
+        def apply(spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
+            if base is not None and codec != RAW:
+                decoded = apply_difference(base.read_tile(spec.name, first, len(decoded)), decoded)
+            seen.add(spec, decoded)
+            model_writer.write_tile(spec.name, first, decoded)
+
+        identity: list[Written] = []
+
+        def identify() -> bytes:
+            model_writer.finish()
+            with SafetensorsReader(paths.model) as made:
+                identity.append(identify_model(run_id, version, file_sources(made)))
+            return identity[0].digest
+
+        written = write_payload(
+            out,
+            kind=common_pb2.PAYLOAD_KIND_DELTA if base is not None else common_pb2.PAYLOAD_KIND_MODEL,
+            run_id=run_id,
+            round=0,
+            model_version=version,
+            base_digest=base_digest,
+            update=None,
+            tensors=[(spec, change_of(spec)) for spec in specs],
+            encoding=encoding_for(change),
+            seed=seed,
+            new_values=new_values,
+            result_digest=identify,
+            on_decoded=apply,
+        )
+    energy = sum(change.energy.values())
+    return MadeVersion(
+        digest=tensors_digest(paths.model).hex(),
+        identity=identity[0].digest.hex(),
+        identity_bytes=identity[0].total_bytes,
+        file_bytes=paths.model.stat().st_size,
+        payload=written,
+        max_abs=seen.max_abs,
+        error=written.fidelity.squared_error / energy if energy > 0 else 0.0,
+        gain=written.fidelity.gain,
+    )
+
+
+@dataclass(frozen=True)
+class VersionPaths:
+    """Where `write_encoded` writes: the master weights, the version, and the payload that leads to it."""
+
+    master: Path
+    model: Path
+    payload: Path
+
+
+@dataclass
+class ChangeMeter:
+    """What a round did to the master weights, by parameter: |w' - w|^2, |w'|^2, the largest |w'|, and the number of elements."""
+
+    energy: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    max_abs: dict[str, float] = field(default_factory=dict)
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+
+    def add(self, spec: TensorSpec, moved: Tensor, before: Tensor | None) -> None:
+        """Takes note of a tile; where nothing was before, all of it is change."""
+        if spec.role != PARAMETER or not moved.is_floating_point() or not len(moved):
+            return
+        after = moved.to(torch.float64)
+        step = after - before.to(torch.float64) if before is not None else after
+        self.specs[spec.name] = spec
+        self.energy[spec.name] = self.energy.get(spec.name, 0.0) + float(step.dot(step))
+        self.weights[spec.name] = self.weights.get(spec.name, 0.0) + float(after.dot(after))
+        self.max_abs[spec.name] = max(self.max_abs.get(spec.name, 0.0), float(after.abs().max()))
+
+
+class _ValueMeter:
+    """Refuses values that are not finite and remembers the largest, by floating tensor."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self.max_abs: dict[str, float] = {}
+
+    def watch(self, spec: TensorSpec, tile_of: TileOf) -> TileSource:
+        def source(first: int, count: int) -> Tensor:
+            tile = tile_of(spec, first, count)
+            self.add(spec, tile)
+            return tile
+
+        return source
+
+    def add(self, spec: TensorSpec, tile: Tensor) -> None:
+        if not (tile.is_floating_point() or tile.is_complex()) or not len(tile):
+            return
+        low, high = (float(x) for x in torch.aminmax(as_reals(tile)))
+        largest = max(-low, high)
+        if not largest < float("inf"):
+            raise NotFiniteError(f"tensor {spec.name!r} of version {self._version} holds NaN or infinity")
+        self.max_abs[spec.name] = max(largest, self.max_abs.get(spec.name, 0.0))
+
+
+def _metadata(run_id: str, version: int) -> dict[str, str]:
+    return {"run_id": run_id, "version": str(version)}
+
+
+def _tiles(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    for first in range(0, spec.num_elements, TILE):
+        yield first, min(TILE, spec.num_elements - first)
+
+
+def file_sources(model: SafetensorsReader) -> list[tuple[TensorSpec, TileSource]]:
+    """The tensors of a model file, to be read tile by tile."""
+
+    def source(spec: TensorSpec) -> TileSource:
+        return lambda first, count: model.read_tile(spec.name, first, count)
+
+    return [(spec, source(spec)) for spec in model.specs]
 
 
 def payload_tile(payload: PayloadReader) -> TileOf:

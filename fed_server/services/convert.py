@@ -15,6 +15,7 @@ from fed_server.store.base import (
     AssignmentKind,
     AssignmentRecord,
     AssignmentState,
+    BroadcastRecord,
     ClientRecord,
     ModelRecord,
     RoundRecord,
@@ -153,7 +154,15 @@ def _client_to_proto(a: AssignmentRecord, coordinator: Coordinator, progress: Pr
         ),
         training_seconds=a.training_seconds,
         is_alive=coordinator.is_alive(a.client_id),
+        fidelity=_fidelity(a),
+        has_diverged=a.has_diverged,
     )
+
+
+def _fidelity(record: AssignmentRecord | ModelRecord) -> runs_pb2.Fidelity | None:
+    if record.error is None or record.gain is None:
+        return None
+    return runs_pb2.Fidelity(error=record.error, gain=record.gain, tensors=record.codecs)
 
 
 def sum_traffic(parts: Iterable[runs_pb2.Traffic]) -> runs_pb2.Traffic:
@@ -166,8 +175,8 @@ def sum_traffic(parts: Iterable[runs_pb2.Traffic]) -> runs_pb2.Traffic:
     return total
 
 
-def model_to_proto(record: ModelRecord, best_version: int) -> runs_pb2.ModelVersion:
-    """A version."""
+def model_to_proto(record: ModelRecord, best_version: int, delta_bytes: int = 0) -> runs_pb2.ModelVersion:
+    """A version; `delta_bytes` is the length of its delta, where it has one."""
     return runs_pb2.ModelVersion(
         version=record.version,
         round=record.round,
@@ -180,6 +189,18 @@ def model_to_proto(record: ModelRecord, best_version: int) -> runs_pb2.ModelVers
         is_best=record.version == best_version and record.version > 0,
         created_time=timestamp(record.created_time),
         file_bytes=record.file_bytes,
+        fidelity=_fidelity(record) if record.version > 0 else None,
+        delta_bytes=delta_bytes,
+    )
+
+
+def broadcast_to_proto(record: BroadcastRecord) -> common_pb2.PayloadRef:
+    """A step on the way to a version."""
+    is_whole = record.base_version < 0
+    return common_pb2.PayloadRef(
+        digest=bytes.fromhex(record.digest),
+        total_bytes=record.num_bytes,
+        kind=common_pb2.PAYLOAD_KIND_MODEL if is_whole else common_pb2.PAYLOAD_KIND_DELTA,
     )
 
 

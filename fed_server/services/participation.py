@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from fed_core.errors import ConflictError, InvalidError, UnauthenticatedError
 from fed_server.clock import Clock
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.workers import Workers
-from fed_server.services.convert import ASSIGNMENT_KINDS, metrics_from_proto, phase_name, timestamp
+from fed_server.services.convert import (
+    ASSIGNMENT_KINDS,
+    broadcast_to_proto,
+    metrics_from_proto,
+    phase_name,
+    timestamp,
+)
 from fed_server.services.identity import caller, hash_secret, new_secret
-from fed_server.store.base import AssignmentRecord, ClientRecord, Transaction
+from fed_server.store.base import AssignmentKind, AssignmentRecord, ClientRecord, Transaction
 from fedstream.v1 import common_pb2, participation_pb2, participation_pb2_grpc
 
 MAX_WAIT_SECONDS = 60.0
 MAX_HELD = 1024
+MAX_MODELS = 64
 MAX_TRACEBACK = 32 * 1024
 MAX_MESSAGE = 2048
 _NAME = re.compile(r"[a-zA-Z0-9._-]{1,64}")
@@ -84,6 +92,8 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
                 raise InvalidError(
                     f"workload {offer.name[:100]!r}: expected a name of 1 to 100 characters, a version of up to 100"
                 )
+        if len(request.model_digests) > MAX_MODELS or len(request.divergences) > MAX_MODELS:
+            raise InvalidError(f"expected at most {MAX_MODELS} model_digests and as many divergences")
         skew = 0.0
         if request.HasField("client_time"):
             skew = request.client_time.ToNanoseconds() / 1e9 - self._clock.now()
@@ -95,9 +105,11 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             workloads={offer.name: offer.version for offer in request.workloads},
             software_version=request.software_version[:100],
             clock_skew_seconds=skew,
+            divergences=[(d.assignment_id, d.version, d.digest.hex()) for d in request.divergences],
         )
+        held_models = {digest.hex() for digest in request.model_digests}
         return participation_pb2.PollAssignmentResponse(
-            assignments=[self._assignment(assignment) for assignment in desired.assignments],
+            assignments=[await self._assignment(assignment, held_models) for assignment in desired.assignments],
             dropped=[
                 participation_pb2.DroppedAssignment(assignment_id=assignment_id, reason=reason)
                 for assignment_id, reason in desired.dropped
@@ -107,7 +119,9 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             idle_reason=desired.idle_reason,
         )
 
-    def _assignment(self, assignment: AssignmentRecord) -> participation_pb2.Assignment:
+    async def _assignment(
+        self, assignment: AssignmentRecord, held_models: Collection[str]
+    ) -> participation_pb2.Assignment:
         run = self._coordinator.run_of(assignment)
         model = run.models[assignment.model_version]
         return participation_pb2.Assignment(
@@ -117,15 +131,16 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             kind=ASSIGNMENT_KINDS[assignment.kind],
             workload=common_pb2.WorkloadOffer(name=run.config.workload, version=run.config.workload_version),
             fingerprint=bytes.fromhex(run.record.fingerprint),
-            model=common_pb2.PayloadRef(
+            model=participation_pb2.ModelRef(
                 digest=bytes.fromhex(model.payload_digest),
-                total_bytes=model.payload_bytes,
-                kind=common_pb2.PAYLOAD_KIND_MODEL,
+                version=model.version,
+                payloads=[
+                    broadcast_to_proto(step) for step in await run.broadcasts.way_to(model.version, held_models)
+                ],
             ),
-            model_version=assignment.model_version,
             plan=run.plan(assignment).to_proto(),
             deadline_seconds=max(0.0, run.deadline_seconds()),
-            codec=run.config.codec.kind,
+            uplink=run.config.uplink.model_dump_json() if assignment.kind is AssignmentKind.TRAIN else "",
         )
 
     async def ReportProgress(

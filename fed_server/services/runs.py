@@ -139,11 +139,14 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         """See the proto."""
         record = await self._coordinator.find_run(request.run)
         rounds = await self._rounds(record)
-        models = await self._workers.store(lambda tx: tx.models(record.run_id))
+        models, broadcasts = await self._workers.store(
+            lambda tx: (tx.models(record.run_id), tx.broadcasts(record.run_id))
+        )
+        deltas = {b.version: b.num_bytes for b in broadcasts if b.base_version == b.version - 1 >= 0}
         return runs_pb2.GetReportResponse(
             run=await self._run(record),
             rounds=rounds,
-            models=[model_to_proto(model, record.best_version) for model in models],
+            models=[model_to_proto(model, record.best_version, deltas.get(model.version, 0)) for model in models],
             downlink=sum_traffic(r.downlink for r in rounds),
             uplink=sum_traffic(r.uplink for r in rounds),
         )

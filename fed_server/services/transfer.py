@@ -19,7 +19,6 @@ from fed_core.errors import (
     NoLongerNeededError,
     NotFoundError,
     OffsetError,
-    PermissionDeniedError,
     UnavailableError,
 )
 from fed_core.failpoints import failpoint
@@ -28,12 +27,12 @@ from fed_core.payload.limits import PREAMBLE_BYTES
 from fed_core.payload.manifest import parse_manifest, parse_preamble
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.workers import Workers
-from fed_server.services.convert import timestamp
+from fed_server.services.convert import broadcast_to_proto, timestamp
 from fed_server.services.identity import caller
 from fed_server.services.uploads import Upload, accepted_offset, largest_upload
 from fed_server.store.base import AssignmentKind, AssignmentRecord, AssignmentState
 from fed_server.store.blobs import DataDirectory
-from fedstream.v1 import common_pb2, transfer_pb2
+from fedstream.v1 import transfer_pb2
 
 # A transfer waits so long for its turn at the server before it is sent away to come again.
 QUEUE_SECONDS = 20.0
@@ -41,6 +40,9 @@ RETRY_WINDOW_SECONDS = 2.0
 
 # A stream on which nothing moves for so long is given up: the peer resumes.
 STALL_SECONDS = 90.0
+
+# What gRPC puts before every message on the connection.
+_FRAMING_BYTES = 5
 
 
 class FrameCache:
@@ -108,36 +110,29 @@ class TransferService:
         """See the proto."""
         assignment = self._coordinator.assignment(caller(), request.assignment_id)
         run = self._coordinator.run_of(assignment)
-        model = run.models[assignment.model_version]
-        if request.digest.hex() != model.payload_digest:
-            raise PermissionDeniedError("this payload is not part of the assignment; poll again")
-        if not 0 <= request.offset <= model.payload_bytes:
-            raise OffsetError(f"offset {request.offset} of a payload of {model.payload_bytes} bytes", offset=0)
+        payload = run.broadcasts.find(request.digest.hex())
+        if payload is None:
+            raise NotFoundError("this payload is no longer kept, or was never part of the run; poll again")
+        if not 0 <= request.offset <= payload.num_bytes:
+            raise OffsetError(f"offset {request.offset} of a payload of {payload.num_bytes} bytes", offset=0)
         async with self._slot():
             try:
                 file = await self._workers.disk(
-                    os.open, self._files.payload_path(model.payload_digest), os.O_RDONLY | os.O_CLOEXEC
+                    os.open, self._files.payload_path(payload.digest), os.O_RDONLY | os.O_CLOEXEC
                 )
             except FileNotFoundError:
                 raise NotFoundError("the payload is no longer kept; poll again") from None
             try:
-                if assignment.downlink_payload_bytes == 0:
-                    run.count_traffic(
-                        assignment.assignment_id,
-                        downlink_payload_bytes=model.payload_bytes,
-                        downlink_raw_bytes=run.record.model_bytes,
-                    )
-                header = transfer_pb2.DownloadHeader(
-                    payload=common_pb2.PayloadRef(
-                        digest=request.digest, total_bytes=model.payload_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL
-                    )
-                )
-                await context.write(transfer_pb2.DownloadResponse(header=header).SerializeToString())
+                run.count_download(assignment.assignment_id, payload.digest, payload.num_bytes)
+                header = transfer_pb2.DownloadHeader(payload=broadcast_to_proto(payload))
+                first = transfer_pb2.DownloadResponse(header=header).SerializeToString()
+                await context.write(first)
+                run.count_traffic(assignment.assignment_id, downlink_wire_bytes=len(first) + _FRAMING_BYTES)
                 for offset, length in await self._workers.disk(_chunks_from, file, request.offset):
-                    frame = await self._frames.get(model.payload_digest, file, offset, length)
+                    frame = await self._frames.get(payload.digest, file, offset, length)
                     async with asyncio.timeout(STALL_SECONDS):
                         await context.write(frame)
-                    run.count_traffic(assignment.assignment_id, downlink_wire_bytes=length)
+                    run.count_traffic(assignment.assignment_id, downlink_wire_bytes=len(frame) + _FRAMING_BYTES)
                     failpoint("mid-download")
             except TimeoutError:
                 raise UnavailableError(f"no byte was taken for {STALL_SECONDS:g} s; resume the download") from None
@@ -188,14 +183,8 @@ class TransferService:
                 current = await self._find(assignment.assignment_id)
                 if current.state is AssignmentState.OPEN:
                     manifest = await self._workers.disk(upload.finish)
-                    assert manifest.update is not None
                     current = await run.receive_update(
-                        assignment.assignment_id,
-                        digest=manifest.digest.hex(),
-                        total_bytes=manifest.total_bytes,
-                        raw_bytes=manifest.raw_bytes,
-                        weight=upload.checker.weight,
-                        update=manifest.update,
+                        assignment.assignment_id, manifest=manifest, weight=upload.checker.weight
                     )
                 elif current.state is not AssignmentState.RECEIVED:
                     raise NoLongerNeededError(current.reason)
@@ -223,7 +212,7 @@ class TransferService:
             if chunk is None:
                 raise InvalidError("expected a chunk: the header comes first and once")
             await self._workers.disk(upload.write, *chunk)
-            run.count_traffic(assignment.assignment_id, uplink_wire_bytes=len(chunk[1]))
+            run.count_traffic(assignment.assignment_id, uplink_wire_bytes=len(frame) + _FRAMING_BYTES)
             failpoint("mid-upload")
 
     async def _find(self, assignment_id: str) -> AssignmentRecord:

@@ -148,6 +148,12 @@ class AssignmentRecord:
     uplink_raw_bytes: int = 0
     uplink_payload_bytes: int = 0
     uplink_wire_bytes: int = 0
+    # What the update's encoding cost, as the client measured it; None until received and for evaluations.
+    error: float | None = None
+    gain: float | None = None
+    # Codec -> number of the update's tensors in it.
+    codecs: dict[str, int] = field(default_factory=dict)
+    has_diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class ModelRecord:
     parent_version: int
     # BLAKE3 over the tensors' bytes in manifest order, hex: equal exactly where the models are.
     digest: str
-    # Payload that is broadcast, hex digest and file length.
+    # Identity of the version: hex digest and length of its payload in the raw codec, whether or not such a file is ever written.
     payload_digest: str
     payload_bytes: int
     file_bytes: int
@@ -169,9 +175,29 @@ class ModelRecord:
     num_examples: int = 0
     is_available: bool = True
     metrics: Metrics = field(default_factory=dict)
+    # What the broadcast's encoding left out of the round's change; None where versions are sent whole.
+    error: float | None = None
+    gain: float | None = None
+    # Codec -> number of the delta's tensors in it.
+    codecs: dict[str, int] = field(default_factory=dict)
 
 
-Record = ClientRecord | RunRecord | RoundRecord | AssignmentRecord | ModelRecord
+@dataclass(frozen=True)
+class BroadcastRecord:
+    """A payload that leads to a version. Key: (run_id, version, base_version)."""
+
+    run_id: str
+    version: int
+    # Version that it begins at; -1 for a whole model.
+    base_version: int
+    # Payload digest, hex, and length of the file.
+    digest: str
+    num_bytes: int
+    created_time: float
+    is_available: bool = True
+
+
+Record = ClientRecord | RunRecord | RoundRecord | AssignmentRecord | ModelRecord | BroadcastRecord
 
 
 class Transaction(Protocol):
@@ -206,8 +232,8 @@ class Transaction(Protocol):
 
     def model(self, run_id: str, version: int) -> ModelRecord | None: ...
     def models(self, run_id: str) -> list[ModelRecord]: ...
-    def model_by_payload(self, payload_digest: str) -> ModelRecord | None:
-        """Any version with this payload; several runs may begin from one model."""
+    def broadcasts(self, run_id: str) -> list[BroadcastRecord]:
+        """In the order of (version, base_version)."""
         ...
 
     def put(self, record: Record) -> None:

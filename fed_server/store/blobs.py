@@ -1,12 +1,13 @@
 """The coordinator's data directory: one folder, one daemon, and the files that are too large for the database.
 
-    format                               "fedstream-data 1"
+    format                               "fedstream-data 2"
     lock                                 held by the daemon, with its process id
     state.sqlite                         the records
     uploads/<assignment_id>.part         an update on its way; its first bytes name the digest it must have
     updates/<assignment_id>.update       an update, whole and verified
-    models/<run_id>/<version>.safetensors
-    payloads/<digest>.payload            a version as it is broadcast
+    models/<run_id>/<version>.safetensors     a version as every client has it
+    masters/<run_id>/<version>.safetensors    what the version would be had nothing been left out of its delta
+    payloads/<digest>.payload            what is broadcast: versions and deltas
     .../.<name>.<token>.tmp              being written; the next daemon deletes it
 
 A file appears under its name only when its bytes are on the disk (`publish`).
@@ -28,9 +29,9 @@ from typing import Final, Self
 
 from fed_core.errors import ConfigError, ConflictError, DiskFullError, InvalidError
 
-FORMAT: Final = "fedstream-data 1"
+FORMAT: Final = "fedstream-data 2"
 
-_FOLDERS = ("uploads", "updates", "models", "payloads")
+_FOLDERS = ("uploads", "updates", "models", "masters", "payloads")
 # What an empty directory may hold: a fresh filesystem's own folder, and what a daemon left that died while it made the directory.
 _NOT_CONTENT = {"lost+found", "lock", "format.tmp", *_FOLDERS}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -97,6 +98,10 @@ class DataDirectory:
         """Where a model version lies as safetensors."""
         return self.root / "models" / _checked(run_id) / f"{version}.safetensors"
 
+    def master_path(self, run_id: str, version: int) -> Path:
+        """Where the master weights of a version lie."""
+        return self.root / "masters" / _checked(run_id) / f"{version}.safetensors"
+
     def payload_path(self, digest: str) -> Path:
         """Where the payload with this digest (hex) lies."""
         return self.root / "payloads" / f"{_checked(digest)}.payload"
@@ -148,7 +153,8 @@ class DataDirectory:
 
     def listing(self) -> list[Path]:
         """Every file that `sweep` may delete if nobody needs it."""
-        patterns = ("uploads/*.part", "updates/*.update", "payloads/*.payload", "models/*/*.safetensors")
+        patterns = ("uploads/*.part", "updates/*.update", "payloads/*.payload", "models/*/*.safetensors",
+            "masters/*/*.safetensors")
         return [path for pattern in patterns for path in self.root.glob(pattern)]
 
     def sweep(
@@ -157,6 +163,7 @@ class DataDirectory:
         live_uploads: Collection[str],
         live_payloads: Collection[str],
         live_models: Collection[tuple[str, int]],
+        live_masters: Collection[tuple[str, int]],
         listed: Iterable[Path] | None = None,
     ) -> list[Path]:
         """Deletes what nobody needs, by name, and what a dead daemon left unfinished; returns what it deleted. Files that are no
@@ -170,6 +177,7 @@ class DataDirectory:
         live |= {self.update_path(assignment_id) for assignment_id in {*live_updates, *live_uploads}}
         live |= {self.payload_path(digest) for digest in live_payloads}
         live |= {self.model_path(run_id, version) for run_id, version in live_models}
+        live |= {self.master_path(run_id, version) for run_id, version in live_masters}
         orphans = [path for path in (self.listing() if listed is None else listed) if path not in live]
         unfinished = (path for folder in _FOLDERS for path in (self.root / folder).rglob(".*.tmp"))
         orphans += [path for path in unfinished if not path.name.endswith(self._temporary_suffix)]

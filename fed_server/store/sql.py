@@ -21,6 +21,7 @@ from fed_server.store import migrations
 from fed_server.store.base import (
     AssignmentRecord,
     AssignmentState,
+    BroadcastRecord,
     ClientRecord,
     ModelRecord,
     Record,
@@ -28,7 +29,7 @@ from fed_server.store.base import (
     RunRecord,
     RunState,
 )
-from fed_server.store.tables import TABLES, assignments, clients, models, rounds, runs
+from fed_server.store.tables import TABLES, assignments, broadcasts, clients, models, rounds, runs
 
 R = TypeVar("R", bound=Record)
 
@@ -181,9 +182,9 @@ class SqlTransaction:
         """The versions of a run's model, the first one first."""
         return self._all(ModelRecord, _MODELS, run_id=run_id)
 
-    def model_by_payload(self, payload_digest: str) -> ModelRecord | None:
-        """See `Transaction.model_by_payload`."""
-        return self._one(ModelRecord, _MODEL_BY_PAYLOAD, payload_digest=payload_digest)
+    def broadcasts(self, run_id: str) -> list[BroadcastRecord]:
+        """See `Transaction.broadcasts`."""
+        return self._all(BroadcastRecord, _BROADCASTS, run_id=run_id)
 
     def put(self, record: Record) -> None:
         """See `Transaction.put`. An upsert in the SQL of every database: nearly all puts replace a row."""
@@ -235,7 +236,7 @@ _OPEN_ASSIGNMENTS = _where(assignments, "state", order=("created_time", "assignm
 _OPEN_ASSIGNMENTS_OF_CLIENT = _where(assignments, "state", "client_id", order=("created_time", "assignment_id"))
 _MODEL = _where(models, "run_id", "version")
 _MODELS = _where(models, "run_id", order=("version",))
-_MODEL_BY_PAYLOAD = _where(models, "payload_digest", order=("run_id", "version")).limit(1)
+_BROADCASTS = _where(broadcasts, "run_id", order=("version", "base_version"))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from sqlalchemy.types import TypeEngine
 
 from fed_server.store.base import (
     AssignmentRecord,
+    BroadcastRecord,
     ClientRecord,
     ModelRecord,
     Record,
@@ -135,8 +136,12 @@ assignments: Final = _table(
     indexes=[["state", "client_id"]],
     parents=[(rounds, ["run_id", "round"]), (clients, ["client_id"])],
 )
-models: Final = _table(
-    "models", ModelRecord, ["run_id", "version"], indexes=[["payload_digest"]], parents=[(runs, ["run_id"])]
+models: Final = _table("models", ModelRecord, ["run_id", "version"], parents=[(runs, ["run_id"])])
+broadcasts: Final = _table(
+    "broadcasts",
+    BroadcastRecord,
+    ["run_id", "version", "base_version"],
+    parents=[(models, ["run_id", "version"])],
 )
 
 TABLES: Final[dict[type[Record], Table]] = {
@@ -145,4 +150,5 @@ TABLES: Final[dict[type[Record], Table]] = {
     RoundRecord: rounds,
     AssignmentRecord: assignments,
     ModelRecord: models,
+    BroadcastRecord: broadcasts,
 }

@@ -32,9 +32,7 @@ class _PayloadKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PayloadKi
     PAYLOAD_KIND_UPDATE: _PayloadKind.ValueType  # 2
     """A client's update: floating-point tensors as local minus received, all other tensors as their local value."""
     PAYLOAD_KIND_DELTA: _PayloadKind.ValueType  # 3
-    """What leads from one version of a model to a later one: floating-point tensors as the difference, all others as their new
-    value.
-    """
+    """What leads from one version of a model to a later one: tensors in the raw codec as their new value, all others as the difference."""
 
 class PayloadKind(_PayloadKind, metaclass=_PayloadKindEnumTypeWrapper):
     """What a payload file holds. A reader refuses a kind that it did not ask for."""
@@ -46,9 +44,7 @@ PAYLOAD_KIND_MODEL: PayloadKind.ValueType  # 1
 PAYLOAD_KIND_UPDATE: PayloadKind.ValueType  # 2
 """A client's update: floating-point tensors as local minus received, all other tensors as their local value."""
 PAYLOAD_KIND_DELTA: PayloadKind.ValueType  # 3
-"""What leads from one version of a model to a later one: floating-point tensors as the difference, all others as their new
-value.
-"""
+"""What leads from one version of a model to a later one: tensors in the raw codec as their new value, all others as the difference."""
 Global___PayloadKind: _TypeAlias = PayloadKind  # noqa: Y015
 
 class _TensorRole:

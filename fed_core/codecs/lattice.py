@@ -1,0 +1,95 @@
+"""Versions of a model on a lattice of powers of two: what makes any difference between two of them short and exact.
+
+A tensor that holds only multiples of 2^e, none beyond 2^24 of them, adds and subtracts in float32 without rounding. If every delta of
+a run is a multiple of some power of two, so is every version, and so is the difference of any two: it can be coded without loss as
+whole numbers, most of them zero. Lattices of powers of two lie within each other, so the step may change from version to version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import numpy as np
+from torch import Tensor
+
+from fed_core.codecs.base import TensorPlan, TileSource
+from fed_core.codecs.fsq import FsqAnalysis, StepTooFineError
+from fed_core.codecs.raw import raw_plan
+from fed_core.specs import TensorSpec
+
+# Types whose sums on a lattice are exact. Of float16 and bfloat16 the mantissas are too short to be of use.
+LATTICE_DTYPES: Final = frozenset({"float32", "float64"})
+
+# Multiples up to this many steps are exact in float32, with a bit to spare for sums.
+MAX_STEPS: Final = 2**23
+
+_SCAN_COORDINATES = 2**18
+
+
+def lattice_exponent(spec: TensorSpec, source: TileSource) -> int | None:
+    """The largest e such that every value is a multiple of 2^e in float32; None where all are zero. One pass, O(tile) memory."""
+    lowest: int | None = None
+    for first in range(0, spec.num_elements, _SCAN_COORDINATES):
+        tile = source(first, min(_SCAN_COORDINATES, spec.num_elements - first))
+        exponent = _exponent_of(tile)
+        if exponent is not None:
+            lowest = exponent if lowest is None else min(lowest, exponent)
+    return lowest
+
+
+def _exponent_of(tile: Tensor) -> int | None:
+    bits = tile.float().numpy().view(np.int32)
+    exponents = (bits >> 23) & 0xFF
+    mantissas = np.where(exponents > 0, (bits & 0x7FFFFF) | 0x800000, bits & 0x7FFFFF)
+    present = mantissas != 0
+    if not present.any():
+        return None
+    lowest_bits = (mantissas & -mantissas)[present]
+    trailing = np.frexp(lowest_bits.astype(np.float64))[1] - 1
+    return int((np.maximum(exponents[present], 1) - 150 + trailing).min())
+
+
+@dataclass(frozen=True)
+class LatticeEncoding:
+    """Floating tensors in whole steps of 2^exponent, by `fsq`'s entropy coder; whatever has no exponent, or too many steps, raw.
+
+    What is smaller than `dead_zone` steps (at least a half) is not sent: whoever carries the error along sends it later, with more.
+    """
+
+    exponents: Mapping[str, int]
+    dead_zone: float = 0.5
+    kind: ClassVar[str] = "lattice"
+
+    def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
+        """Plans for all tensors. Deterministic; the seed is not used."""
+        return [_plan(spec, source, self.exponents.get(spec.name), self.dead_zone) for spec, source in tensors]
+
+
+@dataclass(frozen=True)
+class LosslessEncoding:
+    """Every value exactly: floating tensors as whole steps of the widest lattice that they lie on, all others, and those in `raw`, raw."""
+
+    raw: Collection[str] = ()
+    kind: ClassVar[str] = "lossless"
+
+    def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
+        """Plans for all tensors; one more pass over their values."""
+        plans = []
+        for spec, source in tensors:
+            exponent = None
+            if spec.dtype in LATTICE_DTYPES and spec.num_elements > 0 and spec.name not in self.raw:
+                exponent = lattice_exponent(spec, source)
+                exponent = 0 if exponent is None else exponent  # all zero: any step will do
+            plans.append(_plan(spec, source, exponent, 0.5))
+        return plans
+
+
+def _plan(spec: TensorSpec, source: TileSource, exponent: int | None, dead_zone: float) -> TensorPlan:
+    if exponent is None or spec.dtype not in LATTICE_DTYPES or spec.num_elements == 0:
+        return raw_plan(spec, source)
+    try:
+        return FsqAnalysis(spec, source, lattice=True, dead_zone=dead_zone).plan(2.0**exponent)
+    except StepTooFineError:
+        return raw_plan(spec, source)
