@@ -88,7 +88,8 @@ def difference(local: Tensor, received: Tensor) -> Tensor:
 
 
 def apply_difference(received: Tensor, change: Tensor) -> Tensor:
-    """The inverse of `difference`: received + change, rounded once to the tensor's dtype; an integer or bool tensor is the change itself.
+    """The inverse of `difference`: received + change, rounded once to the tensor's dtype; an integer or bool tensor is the change
+    itself.
 
     Every side that reconstructs a model does it through this function: one elementwise addition has the same bits on every CPU.
     """

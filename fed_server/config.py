@@ -342,15 +342,15 @@ class LatticeDownlinkConfig(ConfigTable):
         default=4.0,
         gt=0,
         le=1024,
-        description="Step of a round's delta, in root mean squares of what the round changed, tensor by tensor; rounded down to a power "
-        "of two. Wider is shorter: a change is sent when it has grown to a step.",
+        description="Step of a round's delta, in root mean squares of what the round changed, tensor by tensor; rounded down to "
+        "a power of two. Wider is shorter: a change is sent when it has grown to a step.",
     )
     finest_step: float = Field(
         default=2.0**-5,
         ge=0,
         le=1,
-        description="Finest step there is, in root mean squares of the tensor's weights. The versions that clients see have a resolution "
-        "of about this much.",
+        description="Finest step there is, in root mean squares of the tensor's weights. The versions that clients see have a "
+        "resolution of about this much.",
     )
     dead_zone: float = Field(
         default=0.75,
@@ -362,8 +362,8 @@ class LatticeDownlinkConfig(ConfigTable):
         default=0.01,
         gt=0,
         lt=1,
-        description="Error of version 0 as it is sent, |v - w|^2 / |w|^2. Random weights do not mind; for a model that was trained before "
-        "say 0.0001.",
+        description="Error of version 0 as it is sent, |v - w|^2 / |w|^2. Random weights do not mind; for a model that was "
+        "trained before say 0.0001.",
     )
 
 
@@ -380,9 +380,7 @@ class RawDownlinkConfig(ConfigTable):
     kind: Literal["raw"] = Field(default="raw", description="Lossless and whole, every time.")
 
 
-DownlinkConfig = Annotated[
-    LatticeDownlinkConfig | DeltaDownlinkConfig | RawDownlinkConfig, Field(discriminator="kind")
-]
+DownlinkConfig = Annotated[LatticeDownlinkConfig | DeltaDownlinkConfig | RawDownlinkConfig, Field(discriminator="kind")]
 
 
 class KeepConfig(ConfigTable):
@@ -428,7 +426,9 @@ class RunConfig(ConfigTable):
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="How model versions are measured.")
     stop: StopConfig = Field(default=StopConfig(), description="What ends the run before max_rounds.")
     uplink: EncodingConfig = Field(default=AutoConfig(), description="How clients encode their updates.")
-    downlink: DownlinkConfig = Field(default=LatticeDownlinkConfig(), description="How versions are sent to the clients.")
+    downlink: DownlinkConfig = Field(
+        default=LatticeDownlinkConfig(), description="How versions are sent to the clients."
+    )
     keep: KeepConfig = Field(default=KeepConfig(), description="How long model versions are kept.")
 
     @model_validator(mode="after")

@@ -15,16 +15,16 @@ from torch import Tensor
 from fed_core.specs import TensorSpec
 
 TileSource = Callable[[int, int], Tensor]
-"""`(first_coordinate, num_coordinates)` -> that part of a tensor, flat, contiguous, on the CPU, in the tensor's dtype, good until the
-next call. It can be asked for any part, in any order and as often as a codec likes."""
+"""`(first_coordinate, num_coordinates)` -> that part of a tensor, flat, contiguous, on the CPU, in the tensor's dtype, good until
+the next call. It can be asked for any part, in any order and as often as a codec likes."""
 
 
 class TensorDecoder(Protocol):
     """Decodes the bodies of one tensor, in any order."""
 
     def decode(self, first: int, body: bytes | memoryview, out: Tensor) -> None:
-        """Writes the values of the body that begins at coordinate `first` into `out`: flat, contiguous, of the tensor's dtype and the
-        body's length. Raises PayloadError on any bytes that do not fit; memory is bounded by a multiple of `out`'s."""
+        """Writes the values of the body that begins at coordinate `first` into `out`: flat, contiguous, of the tensor's dtype and
+        the body's length. Raises PayloadError on any bytes that do not fit; memory is bounded by a multiple of `out`'s."""
         ...
 
 
@@ -72,7 +72,8 @@ class Cost(NamedTuple):
 
 
 class Analysis(Protocol):
-    """One tensor seen by one codec whose rate is ruled by a step size: what any step would cost, and the plan for the one chosen."""
+    """One tensor seen by one codec whose rate is ruled by a step size: what any step would cost, and the plan for the one
+    chosen."""
 
     def cost(self, step: float) -> Cost:
         """An estimate, cheap after the first call; it may look at a sample of the tensor."""

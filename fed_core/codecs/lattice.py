@@ -1,9 +1,9 @@
 """Versions of a model on a lattice of powers of two: what makes any difference between two of them short and exact.
 
-A tensor that holds only multiples of 2^e, none beyond 2^24 of them, adds and subtracts in float32 without rounding. If every delta of
-a run is a multiple of some power of two, so is every version, and so is the difference of any two: it can be coded without loss as
-whole numbers, most of them zero. Lattices of powers of two lie within each other, so the step may change from version to version.
-"""
+A tensor that holds only multiples of 2^e, none beyond 2^24 of them, adds and subtracts in float32 without rounding. If every delta
+of a run is a multiple of some power of two, so is every version, and so is the difference of any two: it can be coded without loss
+as whole numbers, most of them zero. Lattices of powers of two lie within each other, so the step may change from version to
+version."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class LatticeEncoding:
 
 @dataclass(frozen=True)
 class LosslessEncoding:
-    """Every value exactly: floating tensors as whole steps of the widest lattice that they lie on, all others, and those in `raw`, raw."""
+    """Every value exactly: floating tensors as whole steps of the widest lattice that they lie on, all others, and those in `raw`,
+    raw."""
 
     raw: Collection[str] = ()
     kind: ClassVar[str] = "lossless"

@@ -18,7 +18,8 @@ from fedstream.v1 import common_pb2
 
 
 class DivergedError(PayloadError):
-    """Deltas were applied to the letter and led to another model than they announced. `digest` is that of the model that came out."""
+    """Deltas were applied to the letter and led to another model than they announced. `digest` is that of the model that came
+    out."""
 
     reason = "DIVERGED"
 

@@ -405,9 +405,7 @@ def _read_tensors(
         bodies: list[SegmentSpan] = []
         coordinate = 0
         for segment in entry.bodies:
-            body = _read_segment(
-                f"tensor {spec.name!r}", segment, offset, index, coordinate, limits.MAX_BODY_BYTES
-            )
+            body = _read_segment(f"tensor {spec.name!r}", segment, offset, index, coordinate, limits.MAX_BODY_BYTES)
             if not 1 <= body.num_coordinates <= limits.MAX_BODY_COORDINATES:
                 raise PayloadError(
                     f"a body of tensor {spec.name!r} claims {body.num_coordinates} coordinates; "
@@ -428,9 +426,7 @@ def _read_segment(
     what: str, segment: payload_pb2.Segment, offset: int, index: int, coordinate: int, max_bytes: int
 ) -> SegmentSpan:
     if not 1 <= segment.encoded_bytes <= max_bytes:
-        raise PayloadError(
-            f"a segment of {what} has {segment.encoded_bytes} bytes; expected 1 to {max_bytes}"
-        )
+        raise PayloadError(f"a segment of {what} has {segment.encoded_bytes} bytes; expected 1 to {max_bytes}")
     if len(segment.digest) != limits.DIGEST_BYTES:
         raise PayloadError(f"a segment of {what} has a digest of {len(segment.digest)} bytes; expected 32")
     return SegmentSpan(offset, segment.encoded_bytes, segment.digest, index, coordinate, segment.num_coordinates)
@@ -474,7 +470,9 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
 
 def _check_header(manifest: Manifest) -> None:
     if manifest.kind not in _KINDS:
-        raise PayloadError(f"the payload is of the unknown kind {manifest.kind}; expected a model, an update or a delta")
+        raise PayloadError(
+            f"the payload is of the unknown kind {manifest.kind}; expected a model, an update or a delta"
+        )
     is_update = manifest.kind == common_pb2.PAYLOAD_KIND_UPDATE
     is_model = manifest.kind == common_pb2.PAYLOAD_KIND_MODEL
     if manifest.model_version < 0:

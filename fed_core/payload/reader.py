@@ -166,7 +166,8 @@ class PayloadReader:
 
 
 def check_bundled(manifest: Manifest, tensor: BundledTensor) -> tuple[memoryview | None, memoryview]:
-    """Head, or None where the codec has none, and body of a tensor out of the bundle. Raises PayloadError where they cannot be its."""
+    """Head, or None where the codec has none, and body of a tensor out of the bundle. Raises PayloadError where they cannot be
+    its."""
     entry = manifest.tensors[tensor.tensor_index]
     codec = codec_named(entry.codec)
     _check_head(entry, len(tensor.head) > 0)

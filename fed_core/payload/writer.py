@@ -26,7 +26,15 @@ from fed_core.payload.limits import (
     MAX_BUNDLED_BYTES,
     MAX_HEAD_BYTES,
 )
-from fed_core.payload.manifest import RAW, UpdateInfo, pack_bundle, pack_preamble, pack_specs, parse_manifest, parse_preamble
+from fed_core.payload.manifest import (
+    RAW,
+    UpdateInfo,
+    pack_bundle,
+    pack_preamble,
+    pack_specs,
+    parse_manifest,
+    parse_preamble,
+)
 from fed_core.specs import TensorSpec, to_proto
 from fed_core.tensors import dtype_name, torch_dtype
 from fedstream.v1 import common_pb2, payload_pb2
@@ -35,8 +43,8 @@ OnProgress = Callable[[int, int], None]
 """Called with (raw bytes done, raw bytes in all) after every body."""
 
 OnDecoded = Callable[[TensorSpec, str, int, Tensor], None]
-"""Called with (spec, codec, first coordinate, what a receiver will decode there), tile by tile, each tensor in order; the tile is good
-until the call returns. Bundled tensors come before the others."""
+"""Called with (spec, codec, first coordinate, what a receiver will decode there), tile by tile, each tensor in order; the tile is
+good until the call returns. Bundled tensors come before the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +98,14 @@ def write_payload(
     """Encodes tensors into an empty, seekable file; the caller flushes, fsyncs and renames it.
 
     A source is the tensor itself, on any device, or a function that gives it tile by tile, as often as it is asked. `encoding`
-    (default: raw) plans all tensors first; what is lossy is decoded again as it is written, so that error and gain are measured and not
-    estimated, and go into `update` where there is one. `new_values` belong to a delta, whose tensors in the raw codec hold the new value
-    itself: as short as a difference, and exact. `result_digest` is called when all segments are written: the identity of the model
-    that a delta, or a model in another codec than raw, leads to. Memory: the heads, a bundle of at most 1 MiB, and a few tiles.
+    (default: raw) plans all tensors first; what is lossy is decoded again as it is written, so that error and gain are measured and
+    not estimated, and go into `update` where there is one. `new_values` belong to a delta, whose tensors in the raw codec hold the
+    new value itself: as short as a difference, and exact. `result_digest` is called when all segments are written: the identity of
+    the model that a delta, or a model in another codec than raw, leads to. Memory: the heads, a bundle of at most 1 MiB, and a few
+    tiles.
 
-    Raises PayloadError, before a byte is written, where the manifest would break a limit, and later where a tile is not what its spec
-    says; and whatever `encoding` raises for tensors that it cannot hold.
-    """
+    Raises PayloadError, before a byte is written, where the manifest would break a limit, and later where a tile is not what its
+    spec says; and whatever `encoding` raises for tensors that it cannot hold."""
     sources = tuple((spec, _tile_source(spec, source)) for spec, source in tensors)
     raw_bytes = sum(spec.num_bytes for spec, _ in sources)
     plans = (encoding or RawConfig()).plan(sources, seed=seed)
@@ -148,7 +156,9 @@ def write_payload(
     encoded_bytes = 0
     if bundled:
         bundle = pack_bundle(
-            (plans[index].head or b"", bytes(body)) for index in bundled for _, body in writer.bodies(index, plans[index])
+            (plans[index].head or b"", bytes(body))
+            for index in bundled
+            for _, body in writer.bodies(index, plans[index])
         )
         encoded_bytes += _write_segment(file, manifest.bundle, bundle, MAX_BUNDLE_BYTES)
     for index, (plan, entry) in enumerate(zip(plans, manifest.tensors, strict=True)):
@@ -181,8 +191,11 @@ def write_payload(
     )
 
 
-def identify_model(run_id: str, model_version: int, tensors: Iterable[tuple[TensorSpec, Tensor | TileSource]]) -> Written:
-    """Digest and length of a model's payload in the raw codec, which are its identity, without writing it. One pass, O(tile) memory."""
+def identify_model(
+    run_id: str, model_version: int, tensors: Iterable[tuple[TensorSpec, Tensor | TileSource]]
+) -> Written:
+    """Digest and length of a model's payload in the raw codec, which are its identity, without writing it. One pass, O(tile)
+    memory."""
     return write_payload(
         cast(BinaryIO, _Nowhere()),
         kind=common_pb2.PAYLOAD_KIND_MODEL,

@@ -57,9 +57,8 @@ def check_manifest(manifest: Manifest, expected: Expected) -> int:
         )
     for entry in manifest.tensors:
         if entry.codec != RAW and entry.codec not in expected.codecs:
-            raise UpdateRefusedError(
-                f"tensor {entry.spec.name!r} is encoded by {entry.codec!r}; the run takes {', '.join([RAW, *sorted(expected.codecs)])}"
-            )
+            taken = ", ".join([RAW, *sorted(expected.codecs)])
+            raise UpdateRefusedError(f"tensor {entry.spec.name!r} is encoded by {entry.codec!r}; the run takes {taken}")
     if len(update.metrics) > MAX_METRICS:
         raise UpdateRefusedError(f"{len(update.metrics)} metrics; at most {MAX_METRICS} are taken")
     if update.num_steps < 0 or not update.training_seconds >= 0:

@@ -650,7 +650,7 @@ def _report_compression(response: runs_pb2.GetReportResponse, width: int) -> Tab
         _number("↓ bits", _bits(response.downlink)), _number("error"), _number("delta"),
         _number("↑ bits", _bits(response.uplink)), _number("error"), _number("gain"),
         _word("tensors by codec  ↓ | ↑", max_width=max(12, width - 66)),
-        title="Compression  (bits a parameter, 32 uncompressed; ↓ error: what the delta leaves for the next, over the round's change)",
+        title="Compression  (bits a parameter, of 32; ↓ error: what a delta leaves for the next one, over the round's change)",
         footer=True,
         width=width,
     )  # fmt: skip
@@ -676,12 +676,16 @@ def _uplink_fidelity(round: runs_pb2.Round) -> tuple[float, float, dict[str, int
 
 
 def _codecs(tensors: Mapping[str, int]) -> str:
-    return " ".join(f"{codec} {count}" for codec, count in sorted(tensors.items(), key=lambda item: (-item[1], item[0])))
+    return " ".join(
+        f"{codec} {count}" for codec, count in sorted(tensors.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def _bits(traffic: runs_pb2.Traffic) -> str:
     """Payload bits for every 32 bits of tensor."""
-    return f"{32 * traffic.payload_bytes / traffic.raw_bytes:.3g}" if traffic.raw_bytes and traffic.payload_bytes else ""
+    return (
+        f"{32 * traffic.payload_bytes / traffic.raw_bytes:.3g}" if traffic.raw_bytes and traffic.payload_bytes else ""
+    )
 
 
 def _traffic(traffic: runs_pb2.Traffic) -> list[str]:

@@ -1,8 +1,8 @@
 """How a client comes by a version: whole, by the chain of deltas from one that it holds, or by one difference that spans them.
 
-A round's delta is made once, with its version, whatever the number of clients. Whole versions and spans are made when a client first
-needs them, and serve every other one with the same need. A span is the sum of the deltas in its chain, which is exact on a lattice.
-"""
+A round's delta is made once, with its version, whatever the number of clients. Whole versions and spans are made when a client
+first needs them, and serve every other one with the same need. A span is the sum of the deltas in its chain, which is exact on a
+lattice."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class Broadcasts:
         return min(ways, key=lambda way: sum(step.num_bytes for step in way))
 
     def retire(self, version: int, in_use: Collection[int]) -> list[BroadcastRecord]:
-        """Records, changed, of payloads that nobody will need again now that `version` is the newest. Chains are kept as long as they
-        are shorter than the version whole; what leads to a version in use (`in_use`) always is."""
+        """Records, changed, of payloads that nobody will need again now that `version` is the newest. Chains are kept as long as
+        they are shorter than the version whole; what leads to a version in use (`in_use`) always is."""
         kept: set[tuple[int, int]] = {key for key in self._records if key[0] >= version or key[0] in in_use}
         limit = self._models[version].payload_bytes
         newest = version
@@ -141,7 +141,8 @@ class Broadcasts:
             finally:
                 part.unlink(missing_ok=True)
         logger.debug(
-            "broadcast made", extra={"run_id": self._run_id, "version": version, "base": base, "bytes": record.num_bytes}
+            "broadcast made",
+            extra={"run_id": self._run_id, "version": version, "base": base, "bytes": record.num_bytes},
         )
         return record
 
@@ -170,9 +171,7 @@ class Broadcasts:
                 stack.enter_context(PayloadReader(self._facilities.files.payload_path(step.digest)))
                 for step in self._chain(base, version)
             ]
-            newest = stack.enter_context(
-                SafetensorsReader(self._facilities.files.model_path(self._run_id, version))
-            )
+            newest = stack.enter_context(SafetensorsReader(self._facilities.files.model_path(self._run_id, version)))
             file = stack.enter_context(path.open("wb+"))
             return write_payload(
                 file,
@@ -184,7 +183,7 @@ class Broadcasts:
                 update=None,
                 tensors=[(spec, _sum_of(spec, chain)) for spec in newest.specs],
                 encoding=LosslessEncoding(raw=frozenset(name for step in chain for name in _raw_names(step))),
-                new_values=dict((spec.name, source) for spec, source in file_sources(newest)),
+                new_values={spec.name: source for spec, source in file_sources(newest)},
                 result_digest=lambda: bytes.fromhex(self._models[version].payload_digest),
             )
 

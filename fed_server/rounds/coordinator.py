@@ -337,9 +337,9 @@ class Coordinator:
                 specs,
                 tile_of,
                 # Deltas of other encodings begin at the model as it was given.
-                lambda change: first_lattice_for(downlink, change)
-                if isinstance(downlink, LatticeDownlinkConfig)
-                else RawConfig(),
+                lambda change: (
+                    first_lattice_for(downlink, change) if isinstance(downlink, LatticeDownlinkConfig) else RawConfig()
+                ),
                 parts,
                 run_id=run_id,
                 version=0,

@@ -17,8 +17,8 @@ _EXPONENTS = (-126, 100)
 
 
 def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
-    """The lattice of a round's delta: steps of so many root mean squares of each tensor's change in this round, never much finer than
-    the weights themselves. What stays below a step is carried along and sent when it has grown."""
+    """The lattice of a round's delta: steps of so many root mean squares of each tensor's change in this round, never much finer
+    than the weights themselves. What stays below a step is carried along and sent when it has grown."""
     exponents: dict[str, int] = {}
     for name, spec in change.specs.items():
         if spec.dtype not in LATTICE_DTYPES:
@@ -33,13 +33,16 @@ def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
 
 
 def first_lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
-    """The lattice of version 0: as wide as `first_error` allows, for |v - w|^2 is at most a twelfth of a step squared an element."""
+    """The lattice of version 0: as wide as `first_error` allows, for |v - w|^2 is at most a twelfth of a step squared an
+    element."""
     exponents: dict[str, int] = {}
     for name, spec in change.specs.items():
         if spec.dtype not in LATTICE_DTYPES:
             continue
         step = math.sqrt(12 * config.first_error * change.weights[name] / spec.num_elements)
-        exponents[name] = _exponent(step * (2.0**-_VECTOR_BITS if _is_vector(spec.shape) else 1.0), change.max_abs[name])
+        exponents[name] = _exponent(
+            step * (2.0**-_VECTOR_BITS if _is_vector(spec.shape) else 1.0), change.max_abs[name]
+        )
     return LatticeEncoding(exponents)
 
 

@@ -627,7 +627,8 @@ class LiveRun:
         return metrics, ""
 
     async def _retire_versions(self) -> None:
-        """Deletes the files of versions beyond the last `keep.versions` and the best one, and payloads that lead nowhere any more."""
+        """Deletes the files of versions beyond the last `keep.versions` and the best one, and payloads that lead nowhere any
+        more."""
         keep = {*sorted(self.models)[-self.config.keep.versions :], self.record.model_version}
         if self.record.best_metric is not None:
             keep.add(self.record.best_version)
@@ -681,9 +682,7 @@ class LiveRun:
 
     # What clients report
 
-    async def receive_update(
-        self, assignment_id: str, *, manifest: Manifest, weight: int
-    ) -> AssignmentRecord:
+    async def receive_update(self, assignment_id: str, *, manifest: Manifest, weight: int) -> AssignmentRecord:
         """Records an update whose file is already durable: the moment from which it counts. The first wins; a repeat gets the
         first record. Raises NoLongerNeededError where the round takes no more."""
         async with self._moving:

@@ -29,10 +29,10 @@ TileOf = Callable[[TensorSpec, int, int], Tensor]
 
 @dataclass(frozen=True)
 class MadeVersion:
-    """What was written. `identity` is the digest of the version's payload in the raw codec, of `identity_bytes`; `max_abs` the largest
-    absolute value by floating tensor, for the next round's grid. `payload` is what was encoded to be sent: the version whole, or the
-    delta from its parent. `error` is what the delta left out, |w' - v'|^2, over what the round changed, |w' - w|^2 (over 1 where much is
-    carried along), and `gain` how much of w' - v it carried; None where the version is sent whole."""
+    """What was written. `identity` is the digest of the version's payload in the raw codec, of `identity_bytes`; `max_abs` the
+    largest absolute value by floating tensor, for the next round's grid. `payload` is what was encoded to be sent: the version
+    whole, or the delta from its parent. `error` is what the delta left out, |w' - v'|^2, over what the round changed, |w' - w|^2
+    (over 1 where much is carried along), and `gain` how much of w' - v it carried; None where the version is sent whole."""
 
     digest: str
     identity: str
@@ -67,7 +67,8 @@ def next_tile(base: SafetensorsReader, aggregate: Aggregator, optimizer: ServerO
 def write_whole(
     specs: Sequence[TensorSpec], tile_of: TileOf, model_path: Path, payload_path: Path, *, run_id: str, version: int
 ) -> MadeVersion:
-    """Writes a version once as safetensors, to keep, and once as a payload in the raw codec, to send whole; the caller publishes both.
+    """Writes a version once as safetensors, to keep, and once as a payload in the raw codec, to send whole; the caller publishes
+    both.
 
     Memory: a few tiles. Raises NotFiniteError naming the tensor where a value is NaN or infinite (a float16 tensor overflowed).
     """
@@ -118,10 +119,9 @@ def write_encoded(
     """Writes the next master weights w', a payload that leads to the next version v', and v' itself.
 
     `tile_of` gives w'. The payload encodes w' - v, a delta from the committed version v (`base`, identified by `base_digest`), or,
-    where there is none, w' as a whole model; v' is what a receiver makes of it, to the bit. What the encoding leaves out, w' - v', is
-    nowhere stored: it is in the next w' - v again. `encoding_for` chooses the encoding by what has changed since the last master
-    weights w. Memory: a few tiles and what the encoding needs. Raises NotFiniteError as `write_whole` does.
-    """
+    where there is none, w' as a whole model; v' is what a receiver makes of it, to the bit. What the encoding leaves out, w' - v',
+    is nowhere stored: it is in the next w' - v again. `encoding_for` chooses the encoding by what has changed since the last master
+    weights w. Memory: a few tiles and what the encoding needs. Raises NotFiniteError as `write_whole` does."""
     meter, change = _ValueMeter(version), ChangeMeter()
     with paths.master.open("wb+") as file:
         writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
@@ -136,7 +136,7 @@ def write_encoded(
     seen = _ValueMeter(version)
     with SafetensorsReader(paths.master) as moved, paths.model.open("wb+") as file, paths.payload.open("wb+") as out:
         model_writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
-        new_values = dict((spec.name, source) for spec, source in file_sources(moved))
+        new_values = {spec.name: source for spec, source in file_sources(moved)}
 
         def change_of(spec: TensorSpec) -> TileSource:
             def tile(first: int, count: int) -> Tensor:

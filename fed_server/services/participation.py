@@ -134,9 +134,7 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             model=participation_pb2.ModelRef(
                 digest=bytes.fromhex(model.payload_digest),
                 version=model.version,
-                payloads=[
-                    broadcast_to_proto(step) for step in await run.broadcasts.way_to(model.version, held_models)
-                ],
+                payloads=[broadcast_to_proto(step) for step in await run.broadcasts.way_to(model.version, held_models)],
             ),
             plan=run.plan(assignment).to_proto(),
             deadline_seconds=max(0.0, run.deadline_seconds()),

@@ -153,8 +153,13 @@ class DataDirectory:
 
     def listing(self) -> list[Path]:
         """Every file that `sweep` may delete if nobody needs it."""
-        patterns = ("uploads/*.part", "updates/*.update", "payloads/*.payload", "models/*/*.safetensors",
-            "masters/*/*.safetensors")
+        patterns = (
+            "uploads/*.part",
+            "updates/*.update",
+            "payloads/*.payload",
+            "models/*/*.safetensors",
+            "masters/*/*.safetensors",
+        )
         return [path for pattern in patterns for path in self.root.glob(pattern)]
 
     def sweep(
