@@ -50,10 +50,10 @@ class UniformCodec:
     has_head = False
 
     def body_bytes(self, spec: TensorSpec, num_coordinates: int) -> tuple[int, int]:
-        """From 2 bits in the longest blocks to 8 in the shortest."""
+        """From 2 bits in the longest blocks to the most that any bits cost in the shortest: for a few coordinates, not 8."""
         check_lossy(self.kind, spec)
         least = _body_bytes(num_coordinates, MIN_BITS, 2**_MAX_LOG_BLOCK)
-        most = _body_bytes(num_coordinates, MAX_BITS, 2**_MIN_LOG_BLOCK)
+        most = max(_body_bytes(num_coordinates, bits, 2**_MIN_LOG_BLOCK) for bits in _FIELDS)
         return least, min(most, MAX_BODY_BYTES)
 
     def decoder(self, spec: TensorSpec, head: bytes | memoryview | None) -> _UniformDecoder:
