@@ -444,9 +444,9 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
         raise PayloadError(
             f"the update says training_seconds = {message.training_seconds}; expected a number from 0 on"
         )
-    for name, value in (("error", message.error), ("gain", message.gain)):
-        if not math.isfinite(value) or (name == "error" and value < 0):
-            raise PayloadError(f"the update says {name} = {value}; expected a number, and an error of at least 0")
+    for name, number in (("error", message.error), ("gain", message.gain)):
+        if not math.isfinite(number) or (name == "error" and number < 0):
+            raise PayloadError(f"the update says {name} = {number}; expected a number, and an error of at least 0")
     if not 1 <= len(message.assignment_id.encode()) <= limits.MAX_ID_BYTES:
         raise PayloadError(f"an update names its assignment in 1 to {limits.MAX_ID_BYTES} bytes")
     metrics = {metric.name: metric.value for metric in message.metrics}

@@ -642,13 +642,15 @@ class LiveRun:
         if retired or retired_broadcasts:
 
             def write(tx: Transaction) -> None:
-                for record in (*retired, *retired_broadcasts):
-                    tx.put(record)
+                for model in retired:
+                    tx.put(model)
+                for broadcast in retired_broadcasts:
+                    tx.put(broadcast)
 
             await self._facilities.workers.store(write)
             self.models |= {model.version: model for model in retired}
-            for record in retired_broadcasts:
-                self.broadcasts.remember(record)
+            for broadcast in retired_broadcasts:
+                self.broadcasts.remember(broadcast)
         self._surroundings.garbage_left()
 
     async def _finish(self, state: RunState, reason: str) -> None:
