@@ -11,11 +11,11 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench proto clean
+.PHONY: help setup demo test check bench bench-codecs proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .stamps/setup ## Make .venv with everything that the other targets need
 
@@ -37,6 +37,9 @@ check: .stamps/setup .stamps/proto ## Format, lint, types, import arrows, the co
 
 bench: .stamps/setup ## Measure rounds without training against their floors (docs/benchmarks.md says how to read it)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.echo_rounds $(ARGS)
+
+bench-codecs: .stamps/setup ## Measure what codecs cost and lose, on synthetic vectors and on updates of real clients
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.codecs $(ARGS)
 
 proto: .stamps/setup .stamps/proto ## Format the contract and write its stubs anew
 	.venv/bin/buf format --write
