@@ -27,13 +27,12 @@ from fed_core.codecs.factors import Fit, Floats, fit_factors, read_factors, writ
 from fed_core.codecs.floating import TILE, check_lossy, is_lossy
 from fed_core.codecs.fsq import FsqAnalysis, FsqCodec, StepTooFineError
 from fed_core.codecs.parametric import MAX_REACH
+from fed_core.codecs.planning import LAMBDA
 from fed_core.codecs.subspace import leading_triples
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_COORDINATES, MAX_HEAD_BYTES
 from fed_core.specs import TensorSpec
 
-LAMBDA: Final = math.log(2) / 6
-"""-dD/dR of a uniform quantizer of step 1: its error is 1/12 and falls by a factor of four per bit."""
 MAX_FACTOR_SYMBOLS: Final = 2**24
 """What a head may make its reader hold, whatever the tensor: 64 MiB of int32, and as much as 192 MiB while it reads."""
 
@@ -57,6 +56,10 @@ _EXACT = 2**53
 # Values are below 2^126, so that a residual added to them is finite too; above 2^-400, so that float64 never rounds them.
 _MAX_EXPONENT = 126
 _MIN_EXPONENT = -400
+
+
+class NotLowRankError(ValueError):
+    """The tensor is no matrix that singular components could describe; fsq holds it."""
 
 
 class LrqCodec:
@@ -127,7 +130,7 @@ class LrqAnalysis:
     inner product with the tensor is |tensor|^2: the mean of many updates then keeps its length, and the error of each grows from d
     to d / (1 - d). Deterministic given the seed. Memory: O(max_rank * (rows + cols)) and a block of rows.
 
-    Raises ValueError for a tensor that does not fit, or holds values of 2^90 and more.
+    Raises NotLowRankError for a tensor that does not fit, or holds values of 2^90 and more.
     """
 
     def __init__(
@@ -153,7 +156,8 @@ class LrqAnalysis:
         self._energy = float(self._row_energy.sum())
         rank = min(max_rank, MAX_FACTOR_SYMBOLS // (self._rows + self._cols))
         left, self._values, right = leading_triples(self._blocks, self._rows, self._cols, rank, seed=seed)
-        self._left, self._right = left.T.contiguous(), right.T.contiguous()
+        # They are kept while all tensors of an update are analyzed, and float32 is what they are good to.
+        self._left, self._right = left.T.float().contiguous(), right.T.float().contiguous()
         self._last: _Rounded | None = None
         self._residuals: dict[int, FsqAnalysis] = {}
 
@@ -195,7 +199,9 @@ class LrqAnalysis:
         extremes = [torch.stack(torch.aminmax(block)).abs().max() for _, block in self._read()]
         exponent = math.frexp(float(torch.stack(extremes).max()))[1]
         if exponent > _MAX_VALUE_BITS:
-            raise ValueError(f"tensor {self._spec.name!r} holds values of 2^{exponent - 1}; take fsq")
+            raise NotLowRankError(
+                f"tensor {self._spec.name!r} holds values of 2^{exponent - 1}, too large for 'lrq'; take fsq"
+            )
         return 2.0 ** max(exponent, -126)
 
     def _read(self) -> Iterator[tuple[int, Tensor]]:
@@ -227,7 +233,7 @@ class LrqAnalysis:
             raise _too_fine(step)
         num_bright = int((self._values.square() * scale**2 > _FAINT * (self._rows + self._cols)).sum())
         scaled = self._values[:num_bright, None] * scale
-        left, right = _round_factor(self._left[:num_bright] * scaled), _round_factor(self._right[:num_bright] * scaled)
+        left, right = (_round_factor(side[:num_bright] * scaled) for side in (self._left, self._right))
         rank = int((left.any(1) & right.any(1)).int().cumprod(0).sum())
         left, right = left[:rank], right[:rank]
         if rank and max(float(left.abs().max()), float(right.abs().max())) > MAX_REACH:
@@ -236,7 +242,7 @@ class LrqAnalysis:
         fit = fit_factors(factors, self._rows)
         bits = np.cumsum([0.0, *(fit.bits + _BITS_PER_GAIN)])
 
-        inner = ((left @ self._left.T) * (right @ self._right.T)) @ self._values
+        inner = ((left @ self._left.T.double()) * (right @ self._right.T.double())) @ self._values
         gram = (left @ left.T) * (right @ right.T)
         # The first r rows of a Cholesky factor are that of the first r components: one factor answers for every rank.
         root, failed_at = torch.linalg.cholesky_ex(gram)
@@ -271,7 +277,7 @@ class LrqAnalysis:
         The variance at (i, j) is taken to be that of row i times that of column j over the mean.
         """
         rank, floor = len(rounded.gains), (rounded.step / self._unit) ** 2
-        squares = self._values[:rank].square()
+        squares = self._values[:rank].square().float()
         rows = (self._row_energy - squares @ self._left[:rank].square()).clamp_min(0)
         cols = (self._col_energy - squares @ self._right[:rank].square()).clamp_min(0)
         total = float(rows.sum())

@@ -1,0 +1,245 @@
+"""One step for all tensors of an update: how lossy encodings share bits between tensors and between codecs.
+
+The cheapest way to a total error gives every coordinate the same slope of its rate-distortion curve: reverse water-filling (Cover
+and Thomas, Elements of Information Theory, section 10.3.3). For uniform quantizers with entropy coding the step rules the slope, so
+one step serves all, and it is the one number to search for. At a step each tensor takes the codec with the smallest
+error + lambda * bits, which is what leads to the fewest bits in all. Two things are decided otherwise, for the sake of what is
+learned: no tensor loses more than a share of itself, however little it weighs in the total, and small vectors are kept rather well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from fed_core.codecs.base import Analysis, Cost, TensorPlan, TileSource
+from fed_core.codecs.floating import is_lossy
+from fed_core.codecs.fsq import StepTooFineError
+from fed_core.codecs.raw import raw_plan
+from fed_core.codecs.uniform import UniformCodec, uniform_plan
+from fed_core.specs import PARAMETER, TensorSpec
+
+LAMBDA: Final = math.log(2) / 6
+"""-dD/dR of a uniform quantizer of step 1: its error is 1/12 and falls by a factor of four per bit."""
+SMALL_COORDINATES: Final = 4096
+"""A tensor of so many coordinates or fewer may be sent by `uniform`, a vector always is."""
+
+Analyze = Callable[[TensorSpec, TileSource], Iterable[Analysis]]
+"""The ways in which a tensor may be encoded besides raw and, if it is small, uniform."""
+
+_SMALL_BITS = (4, 5, 6, 7, 8)
+_SMALL_BLOCK = 256
+# Of the target, what the error of a small vector may be.
+_SMALL_SHARE = 0.25
+_SCAN_COORDINATES = 2**18
+
+# A search ends this near below its limit, or when it has narrowed the argument down to this factor.
+_NEAR = 0.02
+_NARROW = 1.003
+_FIRST_FACTOR = 4.0
+_LAST_FACTOR = 2.0**16
+_WIDEST = 2.0**60
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What plans of an update are to reach.
+
+    `target_error`: |x - x'|^2 / |x|^2 over all tensors that are not raw. `max_bits_per_parameter`: bits per coordinate of these,
+    heads and bodies; the error then is what it must be. `max_tensor_error`: no tensor's own relative error is above this, whatever
+    the other two say.
+    """
+
+    target_error: float
+    max_bits_per_parameter: float | None = None
+    max_tensor_error: float = 0.5
+
+
+def plan_tensors(
+    tensors: Sequence[tuple[TensorSpec, TileSource]], analyze: Analyze, aim: Aim, *, seed: int
+) -> list[TensorPlan]:
+    """One plan per tensor, in order; parameters of a lossy type are analyzed, all else is raw.
+
+    The error that comes out is within a few percent of the target, as far as the analyses' estimates are true. Memory: all analyses
+    at once.
+    """
+    ways = [_Ways.of(spec, source, analyze, aim, seed) for spec, source in tensors]
+    lossy = [each for each in ways if each is not None]
+    step = _common_step(lossy, aim)
+    return [
+        raw_plan(spec, source) if each is None else each.plan(step)
+        for (spec, source), each in zip(tensors, ways, strict=True)
+    ]
+
+
+class _Ways:
+    """The ways in which one tensor may be encoded."""
+
+    def __init__(self, analyses: Sequence[Analysis], num_coordinates: int, energy: float, max_error: float) -> None:
+        self._analyses = analyses
+        self.num_coordinates = num_coordinates
+        self.energy = energy
+        self._max_error = max_error
+        self._largest_step = math.inf
+
+    @classmethod
+    def of(cls, spec: TensorSpec, source: TileSource, analyze: Analyze, aim: Aim, seed: int) -> _Ways | None:
+        """None for a tensor that must be raw: no parameter, no lossy type, or (float64) beyond float32."""
+        if not is_lossy(spec) or spec.role != PARAMETER:
+            return None
+        energy = _energy(spec, source)
+        if not math.isfinite(energy):
+            return None
+        analyses: list[Analysis] = [_Raw(spec, source)]
+        is_small, is_vector = spec.num_elements <= SMALL_COORDINATES, max(spec.shape, default=1) == spec.num_elements
+        if is_small:
+            analyses.append(_SmallUniform(spec, source, _SMALL_SHARE * aim.target_error * energy, seed))
+        if not (is_small and is_vector):
+            analyses += analyze(spec, source)
+        return cls(analyses, spec.num_elements, energy, aim.max_tensor_error * energy)
+
+    def cost(self, step: float) -> Cost:
+        """The cost of the best way at the step, or at the largest that leaves enough of the tensor."""
+        cost, _ = self._best(min(step, self._largest_step))
+        if cost.squared_error > self._max_error:
+            self._largest_step = solve_rising(
+                lambda smaller: self._best(smaller)[0].squared_error, self._max_error, min(step, self._largest_step)
+            )
+            cost, _ = self._best(self._largest_step)
+        return cost
+
+    def plan(self, step: float) -> TensorPlan:
+        """The plan of the best way of which one can be made."""
+        self.cost(step)
+        step = min(step, self._largest_step)
+        for _, analysis in sorted(self._costs(step), key=lambda way: _lagrangian(way[0], step)):
+            try:
+                return analysis.plan(step)
+            except StepTooFineError:
+                continue
+        raise AssertionError("raw can always be planned")
+
+    def _best(self, step: float) -> tuple[Cost, Analysis]:
+        return min(self._costs(step), key=lambda way: _lagrangian(way[0], step))
+
+    def _costs(self, step: float) -> list[tuple[Cost, Analysis]]:
+        costs = []
+        for analysis in self._analyses:
+            try:
+                costs.append((analysis.cost(step), analysis))
+            except StepTooFineError:
+                continue
+        return costs
+
+
+def _lagrangian(cost: Cost, step: float) -> float:
+    return cost.squared_error + LAMBDA * step**2 * cost.bits
+
+
+def _common_step(ways: Sequence[_Ways], aim: Aim) -> float:
+    """The largest step that meets the target, or a larger one where that would take more bits than there are."""
+    energy = sum(each.energy for each in ways)
+    num_coordinates = sum(each.num_coordinates for each in ways)
+    if not energy:
+        return 1.0
+
+    def error(step: float) -> float:
+        return sum(each.cost(step).squared_error for each in ways)
+
+    def bits(step: float) -> float:
+        return sum(each.cost(step).bits for each in ways)
+
+    # Where a low-rank code leaves much of the tensor unsaid, the step is several times that of a plain quantizer of that error.
+    step = solve_rising(
+        error, aim.target_error * energy, 3 * math.sqrt(12 * aim.target_error * energy / num_coordinates)
+    )
+    if aim.max_bits_per_parameter is not None:
+        budget = aim.max_bits_per_parameter * num_coordinates
+        if bits(step) > budget:
+            step = 1 / solve_rising(lambda inverse: bits(1 / inverse), budget, 1 / step)
+    return step
+
+
+def solve_rising(value: Callable[[float], float], limit: float, start: float) -> float:
+    """A positive argument at which a rising function is at most the limit: within 2 % of it, or just before it jumps over it.
+
+    Brackets from `start` outwards, then takes false positions between logarithms. Where the function never crosses the limit: an
+    argument 2^60 times as large as `start`, or as small.
+    """
+
+    def excess(argument: float) -> float:
+        found = value(argument)
+        if found > 0 and limit > 0:
+            return math.log(found / limit)
+        return math.inf if found > limit else -math.inf
+
+    near, near_excess = start, excess(start)
+    is_below = near_excess <= 0
+    if -_NEAR <= near_excess <= 0:
+        return start
+    far, far_excess, factor = near, near_excess, _FIRST_FACTOR
+    while (far_excess <= 0) == is_below:
+        near, near_excess = far, far_excess
+        far, factor = (far * factor if is_below else far / factor), min(factor**2, _LAST_FACTOR)
+        if not start / _WIDEST < far < start * _WIDEST:
+            return near
+        far_excess = excess(far)
+    low, below, high, above = (near, near_excess, far, far_excess) if is_below else (far, far_excess, near, near_excess)
+    while below < -_NEAR and high > _NARROW * low:
+        # Aims at the middle of what is near enough; never at the ends of the bracket, for the function may have steps.
+        share = (below + _NEAR / 2) / (below - above) if math.isfinite(below - above) else 0.5
+        middle = low * (high / low) ** min(max(share, 0.1), 0.9)
+        found = excess(middle)
+        if found <= 0:
+            low, below, above = middle, found, above / 2
+        else:
+            high, above, below = middle, found, min(below / 2, -2 * _NEAR)
+    return low
+
+
+class _Raw:
+    """The tensor without loss, whatever the step."""
+
+    def __init__(self, spec: TensorSpec, source: TileSource) -> None:
+        self._spec, self._source = spec, source
+
+    def cost(self, step: float) -> Cost:
+        return Cost(8 * self._spec.num_bytes, 0.0)
+
+    def plan(self, step: float) -> TensorPlan:
+        return raw_plan(self._spec, self._source)
+
+
+class _SmallUniform:
+    """A small tensor in the fewest bits with which its error is small enough, or the most there are, whatever the step."""
+
+    def __init__(self, spec: TensorSpec, source: TileSource, max_error: float, seed: int) -> None:
+        tile = source(0, spec.num_elements).clone()
+        for bits in _SMALL_BITS:
+            self._plan = uniform_plan(spec, source, bits=bits, block=_SMALL_BLOCK, seed=seed)
+            body = self._plan.encode(0, tile)
+            decoded = torch.empty_like(tile)
+            UniformCodec().decoder(spec, None).decode(0, body, decoded)
+            error = float((decoded.double() - tile.double()).square().sum())
+            self._cost = Cost(8 * len(body), error)
+            if error <= max_error:
+                break
+
+    def cost(self, step: float) -> Cost:
+        return self._cost
+
+    def plan(self, step: float) -> TensorPlan:
+        return self._plan
+
+
+def _energy(spec: TensorSpec, source: TileSource) -> float:
+    """|x|^2 of the tensor in float32."""
+    energy = 0.0
+    for first in range(0, spec.num_elements, _SCAN_COORDINATES):
+        tile = source(first, min(_SCAN_COORDINATES, spec.num_elements - first))
+        energy += float(tile.float().double().square().sum())
+    return energy
