@@ -92,9 +92,10 @@ class Worker:
         self._outbox.put(held, failure(held, participation_pb2.FAILURE_KIND_REFUSED_BY_SITE, problem))
 
     def _in_use(self) -> set[bytes]:
-        """Digests of the models of what is held, and of the payloads that they are to be made of."""
+        """Digests of the models of what is held, and of the payloads that those are to be made of that are not here."""
         models = [held.assignment.model for held in self._table.held()]
-        return {model.digest for model in models} | {each.digest for model in models for each in model.payloads}
+        missing = [model for model in models if not self._cache.has_model(model.digest)]
+        return {model.digest for model in models} | {each.digest for model in missing for each in model.payloads}
 
     def _work(self, held: Held, log: Any) -> None:
         assignment = held.assignment  # a poll answer may put another in its place meanwhile

@@ -250,7 +250,7 @@ def _open_model(path: str, digest: str) -> PayloadReader:
     """The model that was verified when it came. Raises CorruptError where it is no longer what it was."""
     try:
         return PayloadReader(Path(path), bytes.fromhex(digest))
-    except (PayloadError, FileNotFoundError) as error:
+    except (PayloadError, CorruptError, FileNotFoundError) as error:
         raise CorruptError(f"{path} has rotted or is gone: {error}", offset=0) from error
 
 

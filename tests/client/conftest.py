@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from fed_client.settings import Settings, load_settings
 from fed_client.state import Identity
 from fed_client.transport import Transport
-from fed_core.errors import FedstreamError, UnauthenticatedError
+from fed_core.errors import FedstreamError, NotFoundError, UnauthenticatedError
 from fed_core.grpc_options import server_options
 from fed_core.payload.manifest import UpdateInfo
 from fed_core.payload.writer import write_payload
@@ -48,6 +48,10 @@ class FakeCoordinator(participation_pb2_grpc.ParticipationServicer, transfer_pb2
     faults: dict[str, deque[FedstreamError | Callable[[Any], None]]] = field(default_factory=lambda: defaultdict(deque))
     calls: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     desired: list[participation_pb2.Assignment] = field(default_factory=list)
+    # Seen by the answer to a question, before it is written: a coordinator that chooses by what the client holds.
+    on_poll: Callable[[participation_pb2.PollAssignmentRequest], None] = lambda request: None
+    # What the client was last told of the models.
+    told: dict[str, participation_pb2.ModelRef] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     should_stop: dict[str, str] = field(default_factory=dict)
     payloads: dict[bytes, bytes] = field(default_factory=dict)
@@ -78,13 +82,17 @@ class FakeCoordinator(participation_pb2_grpc.ParticipationServicer, transfer_pb2
 
     def PollAssignment(self, request: Any, context: Any) -> Any:
         self._enter("PollAssignment", request, context)
+        self.on_poll(request)
         held = {each.assignment_id for each in request.held}
 
         def differs() -> bool:
+            if any(self.told.get(each.assignment_id, each.model) != each.model for each in self.desired):
+                return True
             return {each.assignment_id for each in self.desired} != held
 
         with self.changed:
             self.changed.wait_for(differs, timeout=request.wait_seconds)
+            self.told = {each.assignment_id: each.model for each in self.desired}
             wanted = {each.assignment_id for each in self.desired}
             dropped = [
                 participation_pb2.DroppedAssignment(assignment_id=each, reason=self.dropped.get(each, "not wanted"))
@@ -114,6 +122,8 @@ class FakeCoordinator(participation_pb2_grpc.ParticipationServicer, transfer_pb2
     def Download(self, request: Any, context: Any) -> Iterator[Any]:
         self._enter("Download", request, context)
         self.offsets.append(request.offset)
+        if request.digest not in self.payloads:
+            _fail(context, NotFoundError("the payload is no longer kept; poll again"))
         data = self.payloads[request.digest]
         payload = common_pb2.PayloadRef(digest=request.digest, total_bytes=len(data))
         yield transfer_pb2.DownloadResponse(header=transfer_pb2.DownloadHeader(payload=payload))
@@ -229,7 +239,6 @@ def make_payload() -> Callable[..., tuple[bytes, int]]:
                 base_digest=b"b" * 32 if is_update else b"",
                 update=UpdateInfo(assignment_id, num_examples=3) if assignment_id is not None else None,
                 tensors=[(TensorSpec("w", (num_values,), "float32", "parameter"), values)],
-                codec="raw",
             )
         return written.digest, written.total_bytes
 

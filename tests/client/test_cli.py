@@ -22,8 +22,11 @@ import trustme
 
 from fed_client.settings import load_settings
 from fed_core.errors import ConfigError, CorruptError, NoLongerNeededError, UnauthenticatedError, UpdateRefusedError
+from fed_core.payload.limits import PREAMBLE_BYTES
+from fed_core.payload.manifest import parse_manifest, parse_preamble
 from fed_core.payload.verify import verify_file
 from fedstream.v1 import common_pb2, participation_pb2
+from tests.client.lineage import Lineage
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeCoordinator
@@ -71,40 +74,35 @@ def workload(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def assignment(
-    tmp_path: Path, workload: Path, coordinator: FakeCoordinator
-) -> Callable[..., participation_pb2.Assignment]:
-    from fed_core.payload.writer import write_payload
-    from fed_core.specs import fingerprint
+def lineage(workload: Path, coordinator: FakeCoordinator) -> Lineage:
     from fed_core.tensors import model_specs, model_tensors
     from fed_core.workload import initial_model, load_workload
 
     model = initial_model(load_workload(str(workload)), seed=0)
-    specs = model_specs(model)
-    with (tmp_path / "model").open("w+b") as file:
-        written = write_payload(
-            file,
-            kind=common_pb2.PAYLOAD_KIND_MODEL,
-            run_id="r1",
-            round=0,
-            model_version=0,
-            base_digest=b"",
-            update=None,
-            tensors=[(spec, model_tensors(model)[spec.name]) for spec in specs],
-        )
-    coordinator.payloads[written.digest] = (tmp_path / "model").read_bytes()
+    return Lineage(coordinator.payloads.__setitem__, model_specs(model), model_tensors(model))
 
-    def make(assignment_id: str = "a1", kind: str = "TRAIN", steps: int = 2) -> participation_pb2.Assignment:
+
+@pytest.fixture
+def assignment(lineage: Lineage) -> Callable[..., participation_pb2.Assignment]:
+    from fed_core.specs import fingerprint
+
+    whole = lineage.ref(0, lineage.raw(0))
+
+    def make(
+        assignment_id: str = "a1",
+        kind: str = "TRAIN",
+        steps: int = 2,
+        model: participation_pb2.ModelRef = whole,
+        uplink: str = '{"kind": "raw"}',
+    ) -> participation_pb2.Assignment:
         return participation_pb2.Assignment(
             assignment_id=assignment_id,
             run_id="r1",
             round=1,
             kind=common_pb2.AssignmentKind.Value(f"ASSIGNMENT_KIND_{kind}"),
             workload=common_pb2.WorkloadOffer(name="toy", version="1"),
-            fingerprint=fingerprint(specs),
-            model=common_pb2.PayloadRef(
-                digest=written.digest, total_bytes=written.total_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL
-            ),
+            fingerprint=fingerprint(lineage.specs),
+            model=model,
             plan=common_pb2.TrainingPlan(
                 steps=steps,
                 batch_size=2,
@@ -114,7 +112,7 @@ def assignment(
                     kind=common_pb2.OPTIMIZER_KIND_SGD, learning_rate=0.1, epoch_decay=1.0
                 ),
             ),
-            codec="raw",
+            uplink=uplink,
         )
 
     return make
@@ -150,6 +148,9 @@ class Site:
 
     def spool(self) -> list[str]:
         return sorted(path.name for path in (self.state / "spool").iterdir())
+
+    def cache(self) -> list[str]:
+        return sorted(path.name for path in (self.state / "cache").iterdir())
 
 
 @pytest.fixture
@@ -367,6 +368,150 @@ def test_a_full_disk_at_the_site_is_reported_and_the_daemon_lives(
         assert process.wait(10) == 0
     finally:
         subprocess.run(["umount", site.state], check=True)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+MakeAssignment = Callable[..., participation_pb2.Assignment]
+
+
+def base_of(coordinator: FakeCoordinator, assignment_id: str) -> bytes:
+    """Identity of the model that an update is relative to."""
+    data = coordinator.received[assignment_id]
+    preamble = parse_preamble(data[:PREAMBLE_BYTES])
+    return parse_manifest(preamble, data[PREAMBLE_BYTES : PREAMBLE_BYTES + preamble.manifest_bytes]).base_digest
+
+
+@pytest.mark.slow
+def test_a_second_round_costs_what_changed_and_the_log_says_what_is_sent(
+    coordinator: FakeCoordinator, site: Site, lineage: Lineage, assignment: MakeAssignment
+) -> None:
+    coordinator.want(assignment("a1", uplink='{"kind": "uniform", "bits": 4}'))
+    site.start()
+    site.until(lambda: "a1" in coordinator.receipts)
+    site.until(lambda: lineage.digests[0] in coordinator.calls["PollAssignment"][-1].model_digests)
+    coordinator.want(assignment("a2", model=lineage.ref(1, lineage.step())))
+    site.until(lambda: "a2" in coordinator.receipts)
+    assert base_of(coordinator, "a2") == lineage.digests[1]
+    assert len(coordinator.calls["Download"]) == 2
+    site.until(lambda: coordinator.calls["PollAssignment"][-1].model_digests[0] == lineage.digests[1])
+    assert sorted(site.cache()) == sorted(f"{digest.hex()}.payload" for digest in lineage.digests)
+
+    taken, trained = site.events("assignment taken")[0], site.events("trained")[0]
+    assert "encoded as uniform (bits 4)" in taken["sends"]
+    assert trained["raw_bytes"] == 2**21
+    assert trained["update_bytes"] == len(coordinator.received["a1"])
+    assert 7 < trained["ratio"] <= 8
+    assert 0 <= trained["error"] < 0.1
+    assert 0.9 < trained["gain"] < 1.1
+    assert trained["codecs"] == "uniform 1"
+    assert site.events("trained")[1]["error"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["client-mid-download:1", "client-mid-assemble", "client-assembled"])
+def test_a_daemon_killed_on_the_way_to_a_model_goes_on_where_it_was(
+    coordinator: FakeCoordinator, site: Site, lineage: Lineage, assignment: MakeAssignment, point: str
+) -> None:
+    coordinator.want(assignment("a1"))
+    process = site.start()
+    site.until(lambda: "a1" in coordinator.receipts)
+    process.terminate()
+    process.wait(10)
+    delta = lineage.step()
+    coordinator.want(assignment("a2", model=lineage.ref(1, delta)))
+    assert site.start(fail_at=point).wait(60) == -signal.SIGKILL
+    polls = len(coordinator.calls["PollAssignment"])
+    site.start()
+    site.until(lambda: "a2" in coordinator.receipts)
+    assert base_of(coordinator, "a2") == lineage.digests[1]
+    downloads = [call for call in coordinator.calls["Download"] if call.digest == delta.digest]
+    assert [call.offset for call in downloads] == ([0, 2**18] if "download" in point else [0])
+    said = coordinator.calls["PollAssignment"][polls].model_digests
+    assert lineage.digests[0] in said
+    assert (lineage.digests[1] in said) == (point == "client-assembled")
+    lineage.raw(1)
+    made = site.state / "cache" / f"{lineage.digests[1].hex()}.payload"
+    assert made.read_bytes() == coordinator.payloads[lineage.digests[1]]
+    site.until(lambda: sorted(site.cache()) == sorted(f"{digest.hex()}.payload" for digest in lineage.digests))
+
+
+@pytest.mark.slow
+def test_a_divergence_is_told_once_and_cured_by_a_whole_model(
+    coordinator: FakeCoordinator, site: Site, lineage: Lineage, assignment: MakeAssignment
+) -> None:
+    coordinator.want(assignment("a1"))
+    site.start()
+    site.until(lambda: "a1" in coordinator.receipts)
+    lineage.step()
+    liar = Lineage(coordinator.payloads.__setitem__, lineage.specs, lineage.versions[0])
+    wrong = liar.step(result=lineage.digests[1], seed=1)
+    answered: list[participation_pb2.PollAssignmentRequest] = []
+
+    def cure(request: participation_pb2.PollAssignmentRequest) -> None:
+        answered.append(request)
+        if request.divergences:
+            coordinator.want(assignment("a2", model=lineage.ref(1, lineage.raw(1))))
+
+    coordinator.on_poll = cure
+    coordinator.want(assignment("a2", model=lineage.ref(1, wrong)))
+    site.until(lambda: "a2" in coordinator.receipts)
+    assert base_of(coordinator, "a2") == lineage.digests[1]
+    (told,) = [request for request in answered if request.divergences]
+    assert list(told.divergences) == [
+        participation_pb2.Divergence(assignment_id="a2", version=1, digest=liar.digests[1])
+    ]
+    assert (list(told.model_digests), told.wait_seconds) == ([], 0)
+    assert [(held.assignment_id, held.phase) for held in told.held] == [("a2", common_pb2.WORK_PHASE_QUEUED)]
+    assert not coordinator.calls["ReportFailure"]
+    assert [event["diverged"] for event in site.events("the way to the model was lost, asking for another")] == [True]
+
+
+@pytest.mark.slow
+def test_a_cached_model_that_rots_in_use_is_fetched_anew(
+    coordinator: FakeCoordinator, site: Site, lineage: Lineage, assignment: MakeAssignment
+) -> None:
+    coordinator.want(assignment("a1"))
+    site.start()
+    site.until(lambda: "a1" in coordinator.receipts)
+    path = site.state / "cache" / f"{lineage.digests[0].hex()}.payload"
+    data = bytearray(path.read_bytes())
+    data[2**20] ^= 1
+    path.write_bytes(data)
+
+    def choose(request: participation_pb2.PollAssignmentRequest) -> None:
+        if coordinator.desired:
+            has_it = lineage.digests[0] in request.model_digests
+            model = lineage.ref(0) if has_it else lineage.ref(0, lineage.raw(0))
+            coordinator.want(assignment("a2", model=model))
+
+    coordinator.on_poll = choose
+    coordinator.want(assignment("a2", model=lineage.ref(0)))
+    site.until(lambda: "a2" in coordinator.receipts)
+    assert not coordinator.calls["ReportFailure"]
+    assert len(coordinator.calls["Download"]) == 2
+    assert not any(request.divergences for request in coordinator.calls["PollAssignment"])
+    assert path.read_bytes() == coordinator.payloads[lineage.digests[0]]
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_had_is_reported_after_a_few_ways(
+    coordinator: FakeCoordinator, site: Site, lineage: Lineage, assignment: MakeAssignment
+) -> None:
+    lost = assignment("a1")
+    del coordinator.payloads[lineage.digests[0]]
+    coordinator.want(lost)
+    process = site.start()
+    site.until(lambda: coordinator.calls["ReportFailure"])
+    report = coordinator.calls["ReportFailure"][0]
+    assert report.kind == participation_pb2.FAILURE_KIND_REFUSED_BY_SITE
+    assert "version 0 cannot be had" in report.message
+    assert "no longer kept" in report.message
+    assert len(coordinator.calls["Download"]) == 4
+    assert process.poll() is None
+    lineage.raw(0)
+    coordinator.want(assignment("a2"))
+    site.until(lambda: "a2" in coordinator.receipts)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

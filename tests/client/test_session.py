@@ -5,10 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from fed_client.cache import ModelCache
+from fed_client.question import MAX_DIVERGENCES, Question
 from fed_client.reports import (
     MAX_MESSAGE_BYTES,
     MAX_TRACEBACK_BYTES,
@@ -47,7 +50,7 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 def an_assignment(
-    assignment_id: str = "a1", workload: str = "digits", version: str = "1"
+    assignment_id: str = "a1", workload: str = "digits", version: str = "1", *payloads: common_pb2.PayloadRef
 ) -> participation_pb2.Assignment:
     return participation_pb2.Assignment(
         assignment_id=assignment_id,
@@ -55,7 +58,7 @@ def an_assignment(
         round=1,
         kind=common_pb2.ASSIGNMENT_KIND_TRAIN,
         workload=common_pb2.WorkloadOffer(name=workload, version=version),
-        model=common_pb2.PayloadRef(digest=b"d" * 32, total_bytes=100),
+        model=participation_pb2.ModelRef(digest=b"d" * 32, payloads=payloads),
     )
 
 
@@ -167,12 +170,63 @@ def test_interrupting_does_not_begin_what_is_already_stopped() -> None:
         pytest.fail("it began")
 
 
+A_STEP = common_pb2.PayloadRef(digest=b"s" * 32, total_bytes=100)
+
+
+def test_an_answer_refreshes_what_has_not_begun() -> None:
+    table = WorkTable()
+    table.add(Held(an_assignment("a1")))
+    taken = table.take(QUEUED)
+    assert taken is not None
+    table.move(taken, common_pb2.WORK_PHASE_DOWNLOADING)
+    changed = an_assignment("a1", "digits", "1", A_STEP)
+    assert table.refresh(changed, ends_wait=False)
+    assert taken.assignment == changed
+    assert not table.refresh(changed, ends_wait=False)
+    table.move(taken, common_pb2.WORK_PHASE_TRAINING)
+    assert not table.refresh(an_assignment("a1"), ends_wait=True)
+    assert taken.assignment == changed
+    assert not table.refresh(an_assignment("a2"), ends_wait=True)
+
+
+def test_what_waits_for_an_answer_is_taken_by_nobody_until_a_newer_one_has_come() -> None:
+    table = WorkTable()
+    table.add(Held(an_assignment("a1")))
+    table.add(Held(an_assignment("a2")))
+    waiting = table.take(QUEUED)
+    assert waiting is not None
+    table.wait_for_answer(waiting)
+    assert (waiting.assignment_id, waiting.phase, waiting.num_lost) == ("a1", QUEUED, 1)
+    other = table.take(QUEUED)
+    assert other is not None
+    assert other.assignment_id == "a2"
+    # An answer to a question from before says nothing new, whatever it says.
+    assert not table.refresh(an_assignment("a1", "digits", "1", A_STEP), ends_wait=False)
+    assert waiting.is_waiting
+    # One from after it ends the wait, even where it says the same.
+    assert table.refresh(an_assignment("a1"), ends_wait=True)
+    assert table.take(QUEUED) is waiting
+
+
+def test_what_was_dropped_does_not_wait() -> None:
+    table = WorkTable()
+    table.add(Held(an_assignment()))
+    held = table.take(QUEUED)
+    assert held is not None
+    table.drop("a1", "the round closed")
+    with pytest.raises(StoppedError, match="the round closed"):
+        table.wait_for_answer(held)
+    assert not table.refresh(an_assignment(), ends_wait=True)
+
+
 # -- the poll ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Polling:
     table: WorkTable = field(default_factory=WorkTable)
+    question: Question = field(default_factory=Question)
+    cache: ModelCache | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     fatal: list[FedstreamError] = field(default_factory=list)
@@ -188,6 +242,8 @@ def polling(settings: Settings, transport: Transport, found: Polling) -> Iterato
         settings,
         transport,
         found.table,
+        found.cache or ModelCache(settings.state_dir, keep=1),
+        found.question,
         on_dropped=drop,
         on_refused=lambda held, problem: found.refused.update({held.assignment_id: problem}),
         fatal=found.fatal.append,
@@ -303,6 +359,94 @@ def test_an_identity_that_is_not_known_ends_the_daemon(
     with polling(settings, transport, found):
         until(lambda: found.fatal)
     assert isinstance(found.fatal[0], UnauthenticatedError)
+
+
+class HoldsTwo(ModelCache):
+    """A cache that says that it holds two models."""
+
+    def digests(self) -> list[bytes]:
+        return [b"n" * 32, b"o" * 32]
+
+
+def test_a_poll_says_which_models_are_here(
+    coordinator: FakeCoordinator, settings: Settings, transport: Transport, tmp_path: Path
+) -> None:
+    found = Polling(cache=HoldsTwo(tmp_path, keep=2))
+    with polling(settings, transport, found):
+        until(lambda: coordinator.calls["PollAssignment"])
+    assert list(coordinator.calls["PollAssignment"][0].model_digests) == [b"n" * 32, b"o" * 32]
+
+
+def a_divergence(version: int) -> participation_pb2.Divergence:
+    return participation_pb2.Divergence(assignment_id="a1", version=version, digest=b"x" * 32)
+
+
+def test_news_are_told_at_once_and_until_a_poll_that_told_them_is_answered(
+    coordinator: FakeCoordinator, settings: Settings, transport: Transport
+) -> None:
+    found = Polling()
+    polls = coordinator.calls["PollAssignment"]
+    with polling(settings, transport, found):
+        until(lambda: polls)
+        coordinator.faults["PollAssignment"].extend([UnavailableError("away")] * 2)
+        found.question.add(a_divergence(1))
+        found.question.ask_now()
+        until(lambda: len(polls) == 4)
+        found.question.add(a_divergence(2))
+        found.question.ask_now()
+        until(lambda: len(polls) == 5)
+        coordinator.want(an_assignment("a1"))
+        until(lambda: _ids(found.table) == ["a1"])
+        until(lambda: not polls[-1].divergences)
+    told = [[each.version for each in poll.divergences] for poll in polls]
+    # Two that failed, one that was given up for the second piece of news, one that was answered.
+    assert told[:5] == [[], [1], [1], [1], [1, 2]]
+    assert not any(told[5:])
+
+
+def test_no_more_divergences_are_told_than_a_poll_takes() -> None:
+    question = Question()
+    for version in range(MAX_DIVERGENCES + 3):
+        question.add(a_divergence(version))
+    _, told = question.begin()
+    assert [each.version for each in told] == list(range(3, MAX_DIVERGENCES + 3))
+    question.add(a_divergence(1000))
+    question.answered(told)
+    assert [each.version for each in question.begin()[1]] == [1000]
+
+
+def test_what_waits_is_asked_about_without_a_wait_and_goes_on_with_that_answer(
+    coordinator: FakeCoordinator, settings: Settings, transport: Transport
+) -> None:
+    found = Polling()
+    coordinator.want(an_assignment("a1"))
+    polls = coordinator.calls["PollAssignment"]
+    with polling(settings, transport, found):
+        until(lambda: len(polls) >= 2)  # the second waits: nothing differs
+        held = found.table.take(QUEUED)
+        assert held is not None
+        assert polls[-1].wait_seconds > 1
+        began = time.monotonic()
+        found.table.wait_for_answer(held)
+        found.question.ask_now()
+        until(lambda: not held.is_waiting)
+        assert time.monotonic() - began < 5
+        assert polls[2].wait_seconds == 0
+        assert [each.assignment_id for each in polls[2].held] == ["a1"]
+        until(lambda: len(polls) == 4 and polls[3].wait_seconds > 1)
+        assert found.table.take(QUEUED) is held
+
+
+def test_an_assignment_whose_way_to_the_model_changed_is_refreshed(
+    coordinator: FakeCoordinator, settings: Settings, transport: Transport
+) -> None:
+    found = Polling()
+    coordinator.want(an_assignment("a1"))
+    with polling(settings, transport, found):
+        until(lambda: _ids(found.table) == ["a1"])
+        coordinator.want(an_assignment("a1", "digits", "1", A_STEP))
+        until(lambda: list(found.table.held()[0].assignment.model.payloads) == [A_STEP])
+    assert _ids(found.table) == ["a1"]
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------

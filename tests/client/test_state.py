@@ -3,16 +3,20 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 
 from fed_client.cache import ModelCache
 from fed_client.durable import SiteDiskFullError, write_durably
 from fed_client.spool import Spool
 from fed_client.state import Identity, StateDirectory, StateDirectoryLockedError, checked_id
 from fed_core.errors import ConfigError, InvalidError
-from fedstream.v1 import participation_pb2
+from fed_core.payload.writer import write_payload
+from fed_core.specs import TensorSpec
+from fedstream.v1 import common_pb2, participation_pb2
 
 MakePayload = Callable[..., tuple[bytes, int]]
 
@@ -114,18 +118,61 @@ def test_a_removed_update_is_gone(state: StateDirectory) -> None:
     assert list(state.spool.iterdir()) == []
 
 
-def test_the_cache_keeps_what_is_in_use_and_the_newest_others(state: StateDirectory) -> None:
+def put_model(cache: ModelCache, run: str, version: int, used_at: float) -> bytes:
+    spec = TensorSpec("w", (3,), "float32")
+    file = BytesIO()
+    written = write_payload(
+        file, kind=common_pb2.PAYLOAD_KIND_MODEL, run_id=run, round=0, model_version=version, base_digest=b"", update=None,
+        tensors=[(spec, torch.zeros(3))],
+    )  # fmt: skip
+    cache.part(written.digest).write_bytes(file.getvalue())
+    os.utime(cache.complete_model(written.digest), (used_at, used_at))
+    return written.digest
+
+
+def test_the_cache_keeps_what_is_in_use_and_the_newest_version_of_each_run(state: StateDirectory) -> None:
+    cache = ModelCache(state.cache, keep=2)
+    # A run whose old version was evaluated last, and one that this site takes part in rarely.
+    used_at = {("a", 1): 8e8, ("a", 2): 1e9, ("a", 3): 9e8, ("b", 7): 1e8, ("b", 6): 2e8, ("c", 1): 1e7}
+    digests = {key: put_model(cache, *key, time) for key, time in used_at.items()}
+    best_first = [("a", 3), ("b", 7), ("c", 1), ("a", 2), ("b", 6), ("a", 1)]
+    assert cache.digests() == [digests[key] for key in best_first]
+    cache.trim(in_use={digests["a", 1]})
+    kept = {digests[key] for key in (("a", 1), ("a", 3), ("b", 7))}
+    assert {path.name for path in state.cache.iterdir()} == {cache.path(digest).name for digest in kept}
+    assert set(cache.digests()) == kept
+    # The same after a restart, in which the files say what they are.
+    again = ModelCache(state.cache, keep=2)
+    again.verify()
+    assert again.digests() == cache.digests()
+
+
+def test_a_model_is_kept_whatever_the_settings_say(state: StateDirectory) -> None:
+    cache = ModelCache(state.cache, keep=0)
+    old, new = put_model(cache, "a", 1, 1e9), put_model(cache, "a", 2, 1e8)
+    assert cache.trim(in_use=set()) == [cache.path(old)]
+    assert cache.digests() == [new]
+
+
+def test_the_cache_forgets_steps_that_nobody_needs_and_keeps_the_newest_parts(state: StateDirectory) -> None:
     cache = ModelCache(state.cache, keep=1)
     digests = [bytes([number]) * 32 for number in range(4)]
     for age, digest in enumerate(digests):
-        cache.part(digest).write_bytes(b"model")
-        path = cache.complete(digest)
-        os.utime(path, (1e9 - age, 1e9 - age))
-    cache.touch(digests[2])
+        for path in (cache.part(digest), cache.step(digest)):
+            path.write_bytes(b"bytes")
+            os.utime(path, (1e9 - age, 1e9 - age))
+    state.cache.joinpath(f"{digests[1].hex()}.payload.tmp").write_bytes(b"half")
     cache.trim(in_use={digests[3]})
-    assert sorted(path.name for path in state.cache.iterdir()) == sorted(
-        path.name for path in (cache.path(digests[2]), cache.path(digests[3]))
-    )
+    kept = (cache.part(digests[0]), cache.part(digests[3]), cache.step(digests[3]))
+    assert {path.name for path in state.cache.iterdir()} == {path.name for path in kept}
+
+
+def test_a_model_whose_file_went_away_is_not_spoken_of(state: StateDirectory) -> None:
+    cache = ModelCache(state.cache, keep=1)
+    digest = put_model(cache, "a", 1, 1e9)
+    cache.path(digest).unlink()
+    assert cache.digests() == []
+    assert not cache.has_model(digest)
 
 
 @pytest.fixture

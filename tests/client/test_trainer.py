@@ -19,6 +19,7 @@ import torch
 
 from fed_client.training.loop import train
 from fed_client.training.trainer import (
+    MODEL_DAMAGED,
     EvaluateJob,
     Trainer,
     TrainingCancelledError,
@@ -183,7 +184,7 @@ def job_from(folder: Path, tensors: list[tuple[TensorSpec, Any]], name: str) -> 
         base_digest=written.digest.hex(),
         plan=TrainingPlan(batch_size=8, optimizer=OptimizerPlan("sgd", 0.1), seed=11, epochs=2),
         fingerprint=fingerprint([spec for spec, _ in tensors]).hex(),
-        codec="raw",
+        uplink='{"kind": "raw"}',
         out_path=folder / f"{name}.update",
     )
 
@@ -193,7 +194,9 @@ def doing(job: TrainJob, deed: str) -> TrainJob:
 
 
 def evaluation(job: TrainJob) -> EvaluateJob:
-    return EvaluateJob(job.assignment_id, job.model_path, job.fingerprint, batch_size=4, seed=0, num_threads=1)
+    return EvaluateJob(
+        job.assignment_id, job.model_path, job.base_digest, job.fingerprint, batch_size=4, seed=0, num_threads=1
+    )
 
 
 def failure(trainer: Trainer, job: TrainJob) -> WorkloadError:
@@ -357,13 +360,76 @@ def test_another_model_is_explained(trainer: Trainer, folder: Path, base: TrainJ
         trainer.evaluate(evaluation(job))
 
 
-def test_a_damaged_model_is_not_trained_on(trainer: Trainer, job: TrainJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [0, 50, -1], ids=["preamble", "manifest", "values"])
+def test_a_damaged_model_is_not_trained_on(trainer: Trainer, job: TrainJob, tmp_path: Path, at: int) -> None:
     damaged = bytearray(job.model_path.read_bytes())
-    damaged[-1] ^= 1
+    damaged[at] ^= 1
     path = tmp_path.parent / f"{tmp_path.name}.payload"
     path.write_bytes(damaged)
     error = failure(trainer, replace(job, model_path=path))
+    assert error.kind == MODEL_DAMAGED
     assert "rotted" in str(error)
+    with pytest.raises(WorkloadError, match="rotted"):
+        trainer.evaluate(evaluation(replace(job, model_path=path)))
+
+
+def test_a_model_that_is_gone_is_named(trainer: Trainer, job: TrainJob, tmp_path: Path) -> None:
+    assert failure(trainer, replace(job, model_path=tmp_path / "nothing")).kind == MODEL_DAMAGED
+
+
+def test_an_update_is_encoded_as_asked_and_says_what_that_cost(trainer: Trainer, job: TrainJob) -> None:
+    exact = trainer.train(job)
+    assert (exact.error, exact.gain, exact.codecs) == (0.0, 1.0, {"raw": 8})
+    raw = values_of(job)
+    result = trainer.train(replace(job, uplink='{"kind": "uniform", "bits": 4}'))
+    # Integers and what is empty stay raw.
+    assert result.codecs == {"uniform": 6, "raw": 2}
+    assert result.raw_bytes == exact.raw_bytes
+    with PayloadReader(job.out_path, bytes.fromhex(result.digest)) as update:
+        assert update.manifest.update is not None
+        assert (update.manifest.update.error, update.manifest.update.gain) == (result.error, result.gain)
+        assert update.manifest.codecs == result.codecs
+        lossy = [name for name in raw if update.entry(name).codec == "uniform"]
+        decoded = update.tensors(verify=True)
+    assert torch.equal(decoded["norm.num_batches_tracked"], raw["norm.num_batches_tracked"])
+    before = torch.cat([raw[name].flatten() for name in lossy]).double()
+    after = torch.cat([decoded[name].flatten() for name in lossy]).double()
+    assert result.error == pytest.approx(float((before - after).square().sum() / before.square().sum()))
+    assert result.gain == pytest.approx(float(before @ after / before.square().sum()))
+    assert 0 < result.error < 0.1
+
+
+def test_one_seed_gives_the_same_bits_and_another_does_not(trainer: Trainer, job: TrainJob) -> None:
+    job = replace(job, uplink='{"kind": "uniform", "bits": 3, "rounding": "stochastic"}')
+    trainer.train(job)
+    first = values_of(job)
+    trainer.cancel()
+    trainer.train(job)
+    again = values_of(job)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    trainer.train(replace(job, plan=replace(job.plan, seed=12)))
+    other = values_of(job)
+    assert not all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("uplink", "words"),
+    [
+        ('{"kind": "telepathy"}', "telepathy"),
+        ('{"kind": "uniform", "bits": 99}', "bits"),
+        ("", "install the coordinator's version"),
+    ],
+    ids=["codec", "setting", "nothing"],
+)
+def test_an_unknown_encoding_is_refused_before_anything_is_done(
+    trainer: Trainer, job: TrainJob, uplink: str, words: str
+) -> None:
+    began: list[Any] = []
+    with pytest.raises(WorkloadError, match=words) as caught:
+        # A training that could not be overlooked.
+        trainer.train(replace(doing(job, "exit"), uplink=uplink), lambda *progress: began.append(progress))
+    assert caught.value.kind == "REFUSED_BY_SITE"
+    assert began == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -51,11 +51,10 @@ def spooled(tmp_path: Path, make_payload: MakePayload) -> SpooledUpdate:
 
 
 @pytest.fixture
-def assignment(tmp_path: Path, make_payload: MakePayload, coordinator: FakeCoordinator) -> participation_pb2.Assignment:
+def payload(tmp_path: Path, make_payload: MakePayload, coordinator: FakeCoordinator) -> common_pb2.PayloadRef:
     digest, total_bytes = make_payload(tmp_path / "model")
     coordinator.payloads[digest] = (tmp_path / "model").read_bytes()
-    model = common_pb2.PayloadRef(digest=digest, total_bytes=total_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL)
-    return participation_pb2.Assignment(assignment_id="a1", model=model)
+    return common_pb2.PayloadRef(digest=digest, total_bytes=total_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL)
 
 
 @pytest.fixture
@@ -240,111 +239,105 @@ def test_chunks_shrink_on_a_slow_line_and_grow_on_a_fast_one() -> None:
 # -- download ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_fetched_once(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
-) -> None:
+def fetch(transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef, stop: Stop | None = None) -> Path:
     downloads = Downloads(transport, cache)
-    path = downloads.fetch(assignment, Stop(), _ignore, LOG)
-    assert path.read_bytes() == coordinator.payloads[assignment.model.digest]
-    assert downloads.fetch(assignment, Stop(), _ignore, LOG) == path
-    assert Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG) == path
-    assert len(coordinator.calls["Download"]) == 1
-    assert not cache.part(assignment.model.digest).exists()
+    return downloads.fetch("a1", payload, stop or Stop(), lambda num_bytes: None, LOG, is_model=True)
+
+
+def test_a_payload_arrives_as_it_lies_at_the_coordinator(
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
+) -> None:
+    seen: list[int] = []
+    path = Downloads(transport, cache).fetch("a1", payload, Stop(), seen.append, LOG, is_model=True)
+    assert path.read_bytes() == coordinator.payloads[payload.digest]
+    assert not cache.part(payload.digest).exists()
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, payload.total_bytes)
 
 
 def test_a_broken_download_goes_on_where_it_stopped(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
     coordinator.download_faults.append((2**21, UnavailableError("gone")))
     coordinator.download_faults.append((2**20, UnavailableError("gone again")))
-    path = Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
-    assert path.read_bytes() == coordinator.payloads[assignment.model.digest]
+    path = fetch(transport, cache, payload)
+    assert path.read_bytes() == coordinator.payloads[payload.digest]
     assert len(coordinator.offsets) == 3
     assert coordinator.offsets == [0, 2**21, 2**21 + 2**20]
 
 
 def test_a_partial_file_of_an_earlier_process_is_gone_on_with(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
-    data = coordinator.payloads[assignment.model.digest]
+    data = coordinator.payloads[payload.digest]
     # As a power cut leaves it: the end was never written.
-    cache.part(assignment.model.digest).write_bytes(data[: 3 * 2**20] + bytes(2**19))
-    path = Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
+    cache.part(payload.digest).write_bytes(data[: 3 * 2**20] + bytes(2**19))
+    path = fetch(transport, cache, payload)
     assert path.read_bytes() == data
     assert 2 * 2**20 < coordinator.offsets[0] < 3 * 2**20
 
 
 def test_a_part_damaged_on_the_way_is_fetched_again(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
     coordinator.flips[2 * 2**20] = 1
-    path = Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
-    assert path.read_bytes() == coordinator.payloads[assignment.model.digest]
+    path = fetch(transport, cache, payload)
+    assert path.read_bytes() == coordinator.payloads[payload.digest]
     assert 2**20 <= coordinator.offsets[1] <= 2 * 2**20
 
 
 def test_a_model_that_is_rotten_at_the_coordinator_is_not_fetched_for_ever(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
     coordinator.flips[2 * 2**20] = 1000
     with pytest.raises(InvalidError, match="arrived damaged 3 times"):
-        Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
-
-
-def test_a_cached_model_that_rotted_is_fetched_anew(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
-) -> None:
-    data = bytearray(coordinator.payloads[assignment.model.digest])
-    data[2**21] ^= 1
-    cache.path(assignment.model.digest).write_bytes(data)
-    path = Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
-    assert path.read_bytes() == coordinator.payloads[assignment.model.digest]
+        fetch(transport, cache, payload)
 
 
 def test_a_payload_of_another_length_than_announced_is_refused(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
-    assignment.model.total_bytes = 1000
+    payload.total_bytes = 1000
     with pytest.raises(InvalidError, match="1000"):
-        Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
+        fetch(transport, cache, payload)
 
 
 def test_a_model_too_large_for_the_disk_is_refused_before_it_is_fetched(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
-    assignment.model.total_bytes = 2**60
+    payload.total_bytes = 2**60
     with pytest.raises(SiteDiskFullError, match="free some"):
-        Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
+        fetch(transport, cache, payload)
     assert not coordinator.calls["Download"]
 
 
-def test_a_payload_that_is_not_found_again_and_again_is_given_up(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+def test_a_payload_that_is_not_found_is_not_asked_for_again(
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
-    coordinator.faults["Download"].extend([NotFoundError("no such payload")] * 3)
+    coordinator.faults["Download"].append(NotFoundError("no such payload"))
     with pytest.raises(NotFoundError):
-        Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
+        fetch(transport, cache, payload)
 
 
 def test_a_download_that_stalls_is_broken_off_and_resumed(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
     released = threading.Event()
     coordinator.download_faults.append((2**21, lambda context: released.wait(20)))
-    path = Downloads(transport, cache).fetch(assignment, Stop(), _ignore, LOG)
+    path = fetch(transport, cache, payload)
     released.set()
-    assert path.read_bytes() == coordinator.payloads[assignment.model.digest]
+    assert path.read_bytes() == coordinator.payloads[payload.digest]
     assert coordinator.offsets[1] == 2**21
 
 
 def test_a_dropped_download_ends_at_once(
-    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, assignment: participation_pb2.Assignment
+    coordinator: FakeCoordinator, transport: Transport, cache: ModelCache, payload: common_pb2.PayloadRef
 ) -> None:
     stop, released = Stop(), threading.Event()
     coordinator.download_faults.append((2**20, lambda context: released.wait(20)))
     threading.Timer(0.3, stop.set, args=["the run was cancelled"]).start()
     with pytest.raises(StoppedError, match="cancelled"):
-        Downloads(transport, cache).fetch(assignment, stop, _ignore, LOG)
+        fetch(transport, cache, payload, stop)
     released.set()
 
 
@@ -356,6 +349,16 @@ def test_a_wrong_secret_is_told_as_such(coordinator: FakeCoordinator, settings: 
     with pytest.raises(UnauthenticatedError):
         transport.get_upload("a1", b"d" * 32)
     transport.close()
+
+
+def test_a_poll_that_was_told_to_stop_ends_at_once(coordinator: FakeCoordinator, transport: Transport) -> None:
+    stop = Stop()
+    threading.Timer(0.3, stop.set, args=["there is news"]).start()
+    began = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(StoppedError, match="there is news"):
+            transport.poll(participation_pb2.PollAssignmentRequest(wait_seconds=20), stop)
+    assert time.monotonic() - began < 5
 
 
 def test_closing_ends_calls_in_flight_and_later_ones(coordinator: FakeCoordinator, transport: Transport) -> None:
