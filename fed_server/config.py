@@ -346,24 +346,19 @@ class LatticeDownlinkConfig(ConfigTable):
         "a power of two. Wider is shorter: a change is sent when it has grown to a step.",
     )
     finest_step: float = Field(
-        default=2.0**-5,
+        default=2.0**-4,
         ge=0,
         le=1,
-        description="Finest step there is, in root mean squares of the tensor's weights. The versions that clients see have a "
-        "resolution of about this much.",
+        description="Finest step there is, in root mean squares of the tensor's weights: the resolution of the versions that "
+        "clients see.",
     )
-    dead_zone: float = Field(
-        default=0.75,
-        ge=0.5,
-        le=4,
-        description="Steps below which a change waits. 0.5: none does.",
-    )
-    first_error: float = Field(
-        default=0.01,
+    first_error: float | None = Field(
+        default=None,
         gt=0,
         lt=1,
-        description="Error of version 0 as it is sent, |v - w|^2 / |w|^2. Random weights do not mind; for a model that was "
-        "trained before say 0.0001.",
+        description="Error of version 0 as it is sent, |v - w|^2 / |w|^2. Unset: 0.03, which random weights do not mind, or 0.0001 "
+        "where the run was submitted with --init.",
+        examples=[0.001],
     )
 
 

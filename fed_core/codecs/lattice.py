@@ -53,18 +53,14 @@ def _exponent_of(tile: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class LatticeEncoding:
-    """Floating tensors in whole steps of 2^exponent, by `fsq`'s entropy coder; whatever has no exponent, or too many steps, raw.
-
-    What is smaller than `dead_zone` steps (at least a half) is not sent: whoever carries the error along sends it later, with more.
-    """
+    """Floating tensors in whole steps of 2^exponent, by `fsq`'s entropy coder; whatever has no exponent, or too many steps, raw."""
 
     exponents: Mapping[str, int]
-    dead_zone: float = 0.5
     kind: ClassVar[str] = "lattice"
 
     def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
         """Plans for all tensors. Deterministic; the seed is not used."""
-        return [_plan(spec, source, self.exponents.get(spec.name), self.dead_zone) for spec, source in tensors]
+        return [_plan(spec, source, self.exponents.get(spec.name)) for spec, source in tensors]
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,14 @@ class LosslessEncoding:
             if spec.dtype in LATTICE_DTYPES and spec.num_elements > 0 and spec.name not in self.raw:
                 exponent = lattice_exponent(spec, source)
                 exponent = 0 if exponent is None else exponent  # all zero: any step will do
-            plans.append(_plan(spec, source, exponent, 0.5))
+            plans.append(_plan(spec, source, exponent))
         return plans
 
 
-def _plan(spec: TensorSpec, source: TileSource, exponent: int | None, dead_zone: float) -> TensorPlan:
+def _plan(spec: TensorSpec, source: TileSource, exponent: int | None) -> TensorPlan:
     if exponent is None or spec.dtype not in LATTICE_DTYPES or spec.num_elements == 0:
         return raw_plan(spec, source)
     try:
-        return FsqAnalysis(spec, source, lattice=True, dead_zone=dead_zone).plan(2.0**exponent)
+        return FsqAnalysis(spec, source, lattice=True).plan(2.0**exponent)
     except StepTooFineError:
         return raw_plan(spec, source)

@@ -40,6 +40,7 @@ class Version0:
     total_bytes: int
     num_tensors: int
     num_parameters: int
+    has_trained_weights: bool
 
 
 def make_version_0(
@@ -81,7 +82,9 @@ def make_version_0(
                 cure="make room there, or set TMPDIR to another folder",
             ) from error
     num_parameters = sum(spec.num_elements for spec, _ in sources)
-    return Version0(path, written.digest, written.total_bytes, len(sources), num_parameters)
+    return Version0(
+        path, written.digest, written.total_bytes, len(sources), num_parameters, has_trained_weights=init is not None
+    )
 
 
 def create_requests(
@@ -94,6 +97,7 @@ def create_requests(
         model=common_pb2.PayloadRef(
             digest=version_0.digest, total_bytes=version_0.total_bytes, kind=common_pb2.PAYLOAD_KIND_MODEL
         ),
+        has_trained_weights=version_0.has_trained_weights,
     )
 
     def requests() -> Iterator[runs_pb2.CreateRunRequest]:

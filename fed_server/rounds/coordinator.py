@@ -25,7 +25,7 @@ from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RunConfig, parse_run_config
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select
-from fed_server.rounds.downlink import first_lattice_for
+from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
 from fed_server.rounds.policy import run_grid_policy
 from fed_server.rounds.run import LiveRun
@@ -303,7 +303,9 @@ class Coordinator:
 
     # Runs
 
-    async def create_run(self, config_toml: str, request_id: str, model_path: Path) -> tuple[RunRecord, list[str]]:
+    async def create_run(
+        self, config_toml: str, request_id: str, model_path: Path, *, has_trained_weights: bool = False
+    ) -> tuple[RunRecord, list[str]]:
         """Makes a run of a config and version 0 (a verified payload file). Nothing exists until it returns. A repeat with the same
         request id gives the first run. Raises ConfigError, ConflictError, NotFiniteError."""
         config = parse_run_config(config_toml)
@@ -338,7 +340,9 @@ class Coordinator:
                 tile_of,
                 # Deltas of other encodings begin at the model as it was given.
                 lambda change: (
-                    first_lattice_for(downlink, change) if isinstance(downlink, LatticeDownlinkConfig) else RawConfig()
+                    first_lattice_for(first_error(downlink, has_trained_weights), change)
+                    if isinstance(downlink, LatticeDownlinkConfig)
+                    else RawConfig()
                 ),
                 parts,
                 run_id=run_id,
@@ -412,6 +416,11 @@ class Coordinator:
         notices = [
             f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
         ]
+        if isinstance(downlink, LatticeDownlinkConfig) and not has_trained_weights:
+            notices.append(
+                f"version 0 is sent rounded, with an error of {first_error(downlink, False):g}, as random weights can be; set "
+                "downlink.first_error where they were trained before"
+            )
         candidates = self._candidates(run)
         if len(candidates.alive) < config.cohort.min_clients:
             chosen = self._choose(run, candidates)

@@ -29,17 +29,24 @@ def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
         if is_vector:
             step, finest = step * 2.0**-_VECTOR_BITS, finest * 2.0**-_VECTOR_BITS
         exponents[name] = _exponent(max(step, finest), change.max_abs[name])
-    return LatticeEncoding(exponents, dead_zone=config.dead_zone)
+    return LatticeEncoding(exponents)
 
 
-def first_lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
-    """The lattice of version 0: as wide as `first_error` allows, for |v - w|^2 is at most a twelfth of a step squared an
+def first_error(config: LatticeDownlinkConfig, has_trained_weights: bool) -> float:
+    """What version 0 may lose when it is sent, |v - w|^2 / |w|^2: random weights stay random when they are rounded."""
+    if config.first_error is not None:
+        return config.first_error
+    return 1e-4 if has_trained_weights else 0.03
+
+
+def first_lattice_for(max_error: float, change: ChangeMeter) -> Encoding:
+    """The lattice of version 0: as wide as the error allows, for |v - w|^2 is at most a twelfth of a step squared an
     element."""
     exponents: dict[str, int] = {}
     for name, spec in change.specs.items():
         if spec.dtype not in LATTICE_DTYPES:
             continue
-        step = math.sqrt(12 * config.first_error * change.weights[name] / spec.num_elements)
+        step = math.sqrt(12 * max_error * change.weights[name] / spec.num_elements)
         exponents[name] = _exponent(
             step * (2.0**-_VECTOR_BITS if _is_vector(spec.shape) else 1.0), change.max_abs[name]
         )

@@ -64,7 +64,9 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         path = self._files.temporary(self._files.payload_path(header.model.digest.hex() or "none"))
         try:
             await self._receive_model(request_iterator, header, path)
-            record, notices = await self._coordinator.create_run(header.config_toml, header.request_id, path)
+            record, notices = await self._coordinator.create_run(
+                header.config_toml, header.request_id, path, has_trained_weights=header.has_trained_weights
+            )
         finally:
             await self._workers.disk(path.unlink, missing_ok=True)
         live = self._coordinator.live_run(record.run_id)

@@ -139,12 +139,15 @@ class CreateRunHeader(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CONFIG_TOML_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    HAS_TRAINED_WEIGHTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Random name of this attempt, 16 to 64 characters of [a-zA-Z0-9-]."""
     config_toml: _builtins.str
     """The run config as the operator wrote it, TOML, at most 256 KiB. Validated again here; it is the only place where a text is a
     message, because it is a document that people keep.
     """
+    has_trained_weights: _builtins.bool
+    """True where its weights were trained before and are worth keeping to the bit; random ones may be rounded when they are sent."""
     @_builtins.property
     def model(self) -> _common_pb2.PayloadRef:
         """The payload that follows."""
@@ -155,10 +158,11 @@ class CreateRunHeader(_message.Message):
         request_id: _builtins.str = ...,
         config_toml: _builtins.str = ...,
         model: _common_pb2.PayloadRef | None = ...,
+        has_trained_weights: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_toml", b"config_toml", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_toml", b"config_toml", "has_trained_weights", b"has_trained_weights", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
