@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -292,11 +292,17 @@ def _status(state: StateDirectory) -> dict[str, Any]:
         "workloads": live.get("workloads", []),
         "coordinator": live.get("coordinator", {}),
         "assignments": live.get("assignments", []),
-        "spooled": [
-            {"assignment": path.stem, "bytes": path.stat().st_size} for path in sorted(state.spool.glob("*.update"))
-        ],
+        "spooled": [{"assignment": stem, "bytes": size} for stem, size in _sizes(state.spool, ".update")],
+        "cached": [{"model": stem, "bytes": size} for stem, size in _sizes(state.cache, ".payload")],
         "free_bytes": shutil.disk_usage(state.root).free,
     }
+
+
+def _sizes(folder: Path, suffix: str) -> Iterator[tuple[str, int]]:
+    """Names without the suffix, and lengths, of the files that end so and are still there when they are looked at."""
+    for path in sorted(folder.glob(f"*{suffix}")):
+        with suppress(FileNotFoundError):
+            yield path.stem, path.stat().st_size
 
 
 def _print_status(report: dict[str, Any]) -> None:
@@ -320,6 +326,9 @@ def _print_status(report: dict[str, Any]) -> None:
         console.print(f"idle: {link.get('idle_reason') or 'no work'}", markup=False)
     for each in report["spooled"]:
         console.print(f"in the spool: {each['assignment']}, {each['bytes']:,} bytes", markup=False)
+    if report["cached"]:
+        cached_bytes = sum(each["bytes"] for each in report["cached"])
+        console.print(f"in the cache: models: {len(report['cached'])}, {cached_bytes:,} bytes", markup=False)
 
 
 def main() -> None:

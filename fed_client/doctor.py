@@ -113,7 +113,9 @@ def _state_directory(state: StateDirectory) -> Check:
     free = shutil.disk_usage(state.root).free
     text = f"{state.root}: writable, {free / 2**30:.1f} GiB free, a flush takes {seconds * 1000:.1f} ms"
     if free < LOW_DISK_BYTES:
-        return Check("state", Verdict.WARN, text, "a model and an update of each run must fit: free some space")
+        return Check(
+            "state", Verdict.WARN, text, "two versions of the model and an update of each run must fit: free some space"
+        )
     if seconds > SLOW_FSYNC_SECONDS:
         return Check(
             "state", Verdict.WARN, text, "put the state directory on a local disk; every update is flushed to it"

@@ -72,11 +72,11 @@ class Models:
         """Fetches what is not here yet. Returns the identity of the model that the first of them builds on; empty where it is a
         whole one."""
         total = sum(payload.total_bytes for payload in payloads)
-        missing = [payload for payload in payloads if is_model or not self._cache.has_step(payload.digest)]
-        num_left = sum(payload.total_bytes for payload in missing)
+        missing = {payload.digest for payload in payloads if is_model or not self._cache.has_step(payload.digest)}
+        num_left = sum(payload.total_bytes for payload in payloads if payload.digest in missing)
         base = b""
         for payload in payloads:
-            if payload in missing:
+            if payload.digest in missing:
                 before = total - num_left
                 num_left -= payload.total_bytes
 

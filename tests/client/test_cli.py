@@ -180,7 +180,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 def test_a_site_enrols_trains_evaluates_and_tells_what_it_did(
-    coordinator: FakeCoordinator, site: Site, assignment: Callable[..., participation_pb2.Assignment]
+    coordinator: FakeCoordinator, site: Site, lineage: Lineage, assignment: Callable[..., participation_pb2.Assignment]
 ) -> None:
     coordinator.want(assignment("a1"), assignment("a2", kind="EVALUATE"))
     process = site.start()
@@ -206,6 +206,7 @@ def test_a_site_enrols_trains_evaluates_and_tells_what_it_did(
     status = json.loads(_run("status", "--state-dir", str(site.state), "--json").stdout)
     assert (status["pid"], status["name"], status["client_id"]) == (process.pid, "site", "c1")
     assert status["workloads"] == ["toy"]
+    assert [each["bytes"] for each in status["cached"]] == [len(coordinator.payloads[lineage.digests[0]])]
 
     second = _run("run", *site.arguments)
     assert second.returncode == 75
