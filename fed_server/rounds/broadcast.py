@@ -10,12 +10,14 @@ import asyncio
 import logging
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from fed_core.codecs.base import TileSource
 from fed_core.codecs.lattice import LosslessEncoding
+from fed_core.errors import CorruptError
 from fed_core.payload.manifest import RAW
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import Written, write_payload
@@ -73,15 +75,26 @@ class Broadcasts:
         ways = []
         if base is not None and (chain := self._chain(base, version)):
             ways.append(chain)
-            if len(chain) > 1 and self._is_lattice:
-                ways.append([await self._make_once(version, base)])
+            if len(chain) > 1 and (span := await self._span(version, base)):
+                ways.append([span])
         if not ways:
             ways.append([await self._make_once(version, WHOLE)])
             # The first version is on a coarse lattice, and what was added to it since is sparse.
             first = self._available(0, WHOLE)
-            if self._is_lattice and first is not None and self._chain(0, version):
-                ways.append([first, await self._make_once(version, 0)])
+            if first is not None and self._chain(0, version) and (span := await self._span(version, 0)):
+                ways.append([first, span])
         return min(ways, key=lambda way: sum(step.num_bytes for step in way))
+
+    async def lose(self, record: BroadcastRecord) -> None:
+        """Takes note that a payload's file is gone, so that another way is found, or the payload made again."""
+        logger.error("broadcast payload lost", extra={"run_id": self._run_id, "digest": record.digest})
+        lost = replace(record, is_available=False)
+
+        def write(tx: Transaction) -> None:
+            tx.put(lost)
+
+        await self._facilities.workers.store(write)
+        self.remember(lost)
 
     def retire(self, version: int, in_use: Collection[int]) -> list[BroadcastRecord]:
         """Records, changed, of payloads that nobody will need again now that `version` is the newest. Chains are kept as long as
@@ -96,10 +109,20 @@ class Broadcasts:
         if newest == 0 and self._is_lattice:
             kept.add((0, WHOLE))
         return [
-            BroadcastRecord(**{**vars(record), "is_available": False})
+            replace(record, is_available=False)
             for key, record in self._records.items()
             if record.is_available and key not in kept
         ]
+
+    async def _span(self, version: int, base: int) -> BroadcastRecord | None:
+        """None where spans are not exact, or a delta of the chain cannot be read any more."""
+        if not self._is_lattice:
+            return None
+        try:
+            return await self._make_once(version, base)
+        except (CorruptError, FileNotFoundError) as error:
+            logger.error("no span can be made", extra={"run_id": self._run_id, "base": base, "reason": str(error)})
+            return None
 
     def _available(self, version: int, base: int) -> BroadcastRecord | None:
         record = self._records.get((version, base))

@@ -121,6 +121,7 @@ class TransferService:
                     os.open, self._files.payload_path(payload.digest), os.O_RDONLY | os.O_CLOEXEC
                 )
             except FileNotFoundError:
+                await run.broadcasts.lose(payload)
                 raise NotFoundError("the payload is no longer kept; poll again") from None
             try:
                 run.count_download(assignment.assignment_id, payload.digest, payload.num_bytes)
