@@ -29,6 +29,8 @@ TABLE_BITS: Final = 16
 TABLE_SUM: Final = 2**TABLE_BITS
 LOWEST_SYMBOL: Final = -(2**15)
 HIGHEST_SYMBOL: Final = 2**15 - 1
+# About what an entry of a table takes.
+_ENTRY_BITS: Final = 5
 # What constriction's coders work with; a table's frequencies are scaled up to it.
 _MODEL_BITS: Final = 24
 
@@ -125,19 +127,22 @@ class _BitWriter:
     def write(self, value: int, num_bits: int) -> None:
         self._pending = self._pending << num_bits | value
         self._num_pending += num_bits
-        while self._num_pending >= 8:
-            self._num_pending -= 8
-            self._out.append(self._pending >> self._num_pending)
-            self._pending &= (1 << self._num_pending) - 1
+        if self._num_pending >= 1024:
+            self._flush()
 
     def write_gamma(self, value: int) -> None:
         """Elias' gamma code of value + 1: 1, 3, 3, 5, 5, 5, 5, 7 .. bits."""
         self.write(value + 1, 2 * (value + 1).bit_length() - 1)
 
     def finish(self) -> bytes:
-        if self._num_pending:
-            self.write(0, 8 - self._num_pending)
+        self.write(0, -self._num_pending % 8)
+        self._flush()
         return bytes(self._out)
+
+    def _flush(self) -> None:
+        num_bytes, self._num_pending = divmod(self._num_pending, 8)
+        self._out += (self._pending >> self._num_pending).to_bytes(num_bytes, "big")
+        self._pending &= (1 << self._num_pending) - 1
 
 
 class _BitReader:
@@ -206,26 +211,21 @@ class FrequencyTable:
         if not seen.size or counts.min() < 0:
             raise ValueError("a frequency table needs a symbol with a positive count, and none with a negative one")
         lowest, counts = lowest + int(seen[0]), counts[seen[0] : seen[-1] + 1]
+        weights = counts
         half = max(abs(lowest), abs(lowest + len(counts) - 1))
-        mirrored = None
         if seen.size > 1 and half <= HIGHEST_SYMBOL and 2 * half + 1 < 2 * len(counts):
-            mirrored = np.zeros(2 * half + 1)
-            mirrored[lowest + half : lowest + half + len(counts)] = counts
-            mirrored += mirrored[::-1]
-        likely = round(0.5 * math.log2(max(1.0, counts.sum() / seen.size)))
-        best: tuple[float, FrequencyTable] | None = None
-        for num_bits in sorted({min(max(likely + more, 0), TABLE_BITS - 1) for more in (-2, -1, 0)} | {TABLE_BITS - 1}):
-            for start, weights in ((lowest, counts), (-half, mirrored)):
-                frequencies = None if weights is None else _normalised(weights, num_bits, mirrored=weights is mirrored)
-                if frequencies is None:
-                    continue
-                table = cls(start, frequencies)
-                own = counts if weights is counts else np.pad(counts, (lowest + half, 0))
-                length = table.bits(own) + 8 * len(write_table(table))
-                if best is None or length < best[0]:
-                    best = length, table
-        assert best, "with all bits there is always a table"
-        return best[1]
+            both = np.zeros(2 * half + 1)
+            both[lowest + half : lowest + half + len(counts)] = counts
+            both += both[::-1]
+            if _entropy_bits(both) / 2 - _entropy_bits(counts) < _ENTRY_BITS * seen.size / 2:
+                counts, weights, lowest = np.pad(counts, (lowest + half, 0)), both, -half
+        # Half the logarithm of a typical count, less what the constant is.
+        likely = min(max(round(0.5 * math.log2(max(1.0, counts.sum() / seen.size))) - 1, 0), TABLE_BITS - 3)
+        ways = [_normalised(weights, num_bits, mirrored=weights is not counts) for num_bits in (likely, likely + 1)]
+        tables = [cls(lowest, frequencies) for frequencies in ways if frequencies is not None]
+        if not tables:
+            tables = [cls(lowest, _rounded_down(weights, mirrored=weights is not counts))]
+        return min(tables, key=lambda table: table.bits(counts) + 8 * len(write_table(table)))
 
     @property
     def num_symbols(self) -> int:
@@ -249,20 +249,37 @@ def uniform_table(num_bits: int) -> FrequencyTable:
 
 
 def _normalised(weights: NDArray[np.float64], num_bits: int, *, mirrored: bool) -> Ints | None:
-    """Frequencies with so many bits after the leading one; the peak takes what is left. None where it is the peak no more.
-
-    With all bits they are rounded down, so that the peak only gains, and there is an answer for all weights.
-    """
-    present = weights > 0
-    wanted = present + weights * ((TABLE_SUM - np.count_nonzero(present)) / weights.sum())
+    """Frequencies with so many bits after the leading one; the peak takes what is left. None where it is the peak no more."""
+    wanted = _wanted(weights)
     unit = np.ldexp(1.0, np.maximum(np.frexp(wanted)[1] - 1 - num_bits, 0))
-    rounded = np.rint(wanted / unit) if num_bits < TABLE_BITS - 1 else np.floor(wanted)
-    frequencies: Ints = (rounded * unit).astype(np.int32)
+    return _peaked((np.rint(wanted / unit) * unit).astype(np.int32), weights, mirrored)
+
+
+def _rounded_down(weights: NDArray[np.float64], *, mirrored: bool) -> Ints:
+    """Frequencies of all bits. The peak only gains by it, so that there are such for any weights."""
+    frequencies = _peaked(np.floor(_wanted(weights)).astype(np.int32), weights, mirrored)
+    assert frequencies is not None
+    return frequencies
+
+
+def _wanted(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Positive shares of what is left of the table's sum when each symbol has 1."""
+    present = weights > 0
+    wanted: NDArray[np.float64] = present + weights * ((TABLE_SUM - np.count_nonzero(present)) / weights.sum())
+    return wanted
+
+
+def _peaked(frequencies: Ints, weights: NDArray[np.float64], mirrored: bool) -> Ints | None:
     peak = len(weights) // 2 if mirrored else int(weights.argmax())
     frequencies[peak] += TABLE_SUM - int(frequencies.sum(dtype=np.int64))
-    if frequencies[peak] < present[peak] or _peak(frequencies, mirrored) != peak:
+    if frequencies[peak] < (weights[peak] > 0) or _peak(frequencies, mirrored) != peak:
         return None
     return frequencies
+
+
+def _entropy_bits(counts: NDArray[np.float64]) -> float:
+    seen, total = counts[counts > 0], counts.sum()
+    return float(total * np.log2(total) - seen @ np.log2(seen))
 
 
 def _peak(frequencies: Ints, mirrored: bool) -> int:
