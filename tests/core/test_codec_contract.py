@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple, get_args
 
@@ -396,15 +397,18 @@ def mutant(kind: str, rng: random.Random) -> Payload:
     index = rng.randrange(len(payload.bodies))
     bodies = list(payload.bodies)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        what = rng.randrange(10)
+        what = rng.randrange(11)
         if what < 4 and payload.head is not None:
             payload = payload._replace(head=mutate(payload.head, other.head or b"", rng))
         elif what < 8:
             bodies[index] = bodies[index]._replace(data=mutate(bodies[index].data, other.bodies[0].data, rng))
         elif what == 8:
             payload = payload._replace(spec=other.spec)
+        elif what == 9:
+            shape = rng.choice(((2**38,), (2**37, 2), (2, 2**37), (2**19, 2**19), (2**21, 1), (1, 2**21), (1,) * 8))
+            payload = payload._replace(spec=replace(payload.spec, shape=shape))
         else:
-            count = rng.randrange(1, payload.spec.num_elements + 1)
+            count = min(rng.randrange(1, payload.spec.num_elements + 1), rng.choice((1000, MAX_BODY_COORDINATES)))
             first = rng.randrange(payload.spec.num_elements - count + 1)
             bodies[index] = Body(first, count, bodies[index].data)
     total = payload.spec.num_elements
