@@ -39,7 +39,8 @@ def _shift_models() -> Models:
     models = np.arange(NUM_MODELS)
     shapes = models % 2
     shifts = _MODELS_PER_OCTAVE * np.array(_SHIFTS)[:, None]
-    return (np.clip(models - shapes + shifts, 0, NUM_MODELS - 2) + shapes).astype(np.uint8)
+    shifted: Models = (np.clip(models - shapes + shifts, 0, NUM_MODELS - 2) + shapes).astype(np.uint8)
+    return shifted
 
 
 # (class, model) -> the model of the same shape that positions of that class have; the range of scales ends somewhere.

@@ -10,17 +10,18 @@ groups whose difference does not pay for a table are merged.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from fed_core.codecs.base import Cost, TensorPlan, TileSource
+from fed_core.codecs.base import Analysis, Cost, TensorPlan, TileSource
 from fed_core.codecs.entropy import (
     ByteReader,
     Coder,
@@ -34,6 +35,8 @@ from fed_core.codecs.entropy import (
     write_table,
 )
 from fed_core.codecs.floating import LOSSY_DTYPES, TILE
+from fed_core.codecs.planning import LossyTable, plan_tensors
+from fed_core.codecs.planning import StepTooFineError as StepTooFineError
 from fed_core.codecs.rounding import (
     FIRST,
     MIN_DEAD_ZONE,
@@ -88,10 +91,6 @@ _BODY_BITS: Final = 32
 _SAMPLE: Final = 2**16
 _PIECE: Final = 2**7
 _GOLDEN: Final = (math.sqrt(5) - 1) / 2
-
-
-class StepTooFineError(ValueError):
-    """The tensor has values of more than 2^15 - 1 steps, or beyond float32: take a larger step, or send it raw."""
 
 
 # --------------------------------------------------------------------------------------------------------------------------- head
@@ -651,3 +650,26 @@ def _cheapest_runs(histograms: Floats) -> tuple[list[int], float]:
         bounds.insert(0, stop)
         stop = int(before[stop])
     return bounds, float(best[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------- encoding
+
+
+class FsqConfig(LossyTable):
+    """Uniform steps under a model of the scale of rows and columns."""
+
+    kind: Literal["fsq"] = Field(
+        default="fsq",
+        description="One step for all values, entropy-coded with the scales of rows and columns as context.",
+    )
+    contexts: bool = Field(
+        default=True, description="Whether rows and columns tell a value's model. Off: one model per tensor, faster."
+    )
+
+    def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
+        """Lossy tensors by fsq at one step; small ones by uniform where that is better."""
+
+        def analyze(spec: TensorSpec, source: TileSource) -> Iterator[Analysis]:
+            yield FsqAnalysis(spec, source, contexts=self.contexts, match_gain=self.match_gain, coder=self.coder)
+
+        return plan_tensors(tensors, analyze, self.aim, seed=seed)

@@ -13,21 +13,24 @@ Decoding is exact: a sum of integer products that stays below 2^53, times a powe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from fed_core.codecs.base import Cost, TensorDecoder, TensorPlan, TileSource
-from fed_core.codecs.entropy import ByteReader, Coder, Ints, svarint, varint
-from fed_core.codecs.factors import Fit, Floats, fit_factors, read_factors, write_factors
-from fed_core.codecs.floating import TILE, check_lossy, is_lossy
-from fed_core.codecs.fsq import FsqAnalysis, FsqCodec, StepTooFineError
+from fed_core.codecs.base import Analysis, Cost, TensorDecoder, TensorPlan, TileSource
+from fed_core.codecs.entropy import ByteReader, Coder, Ints, varint
+from fed_core.codecs.factors import Fit, Floats, fit_factors
+from fed_core.codecs.floating import check_lossy, is_lossy
+from fed_core.codecs.fsq import MAX_BODY as MAX_RESIDUAL_BODY
+from fed_core.codecs.fsq import FsqAnalysis, FsqCodec, matrix_shape
 from fed_core.codecs.parametric import MAX_REACH
-from fed_core.codecs.planning import LAMBDA
+from fed_core.codecs.planning import LAMBDA, LossyTable, Rival, StepTooFineError, lagrangian, plan_tensors
+from fed_core.codecs.products import Factors, Product
 from fed_core.codecs.subspace import leading_triples
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_COORDINATES, MAX_HEAD_BYTES
@@ -41,21 +44,17 @@ _SHORTEST_SIDE = 5
 # The last component kept has a squared singular value of 0.15 to 0.2 (rows + cols) D^2; one below this share never pays.
 _FAINT = 0.08
 _LEAST_MEAN = 5 / 12
-_NUM_QUANTILES = 32
-_GAIN_BITS = 10
-_MAX_GAIN_BITS = 30
+_NUM_QUANTILES = 16
+# A residual is looked at if it is expected to bring error + lambda * bits below this share; what comes out is a little more.
+_HOPEFUL = 0.95
+# What the contexts of a residual take for each row and column.
+_CONTEXT_BITS = 2
 _BITS_PER_GAIN = 16
 # Of a head, and of every group of components.
 _HEADER_BITS = 48
 _BLOCK_COORDINATES = 2**18
-_TILE_WIDTH = 4096
 # A value of 2^90 leaves room for sums over the largest matrix.
 _MAX_VALUE_BITS = 90
-# Float64 adds integers up to this without rounding.
-_EXACT = 2**53
-# Values are below 2^126, so that a residual added to them is finite too; above 2^-400, so that float64 never rounds them.
-_MAX_EXPONENT = 126
-_MIN_EXPONENT = -400
 
 
 class NotLowRankError(ValueError):
@@ -73,9 +72,11 @@ class LrqCodec:
     has_head = True
 
     def body_bytes(self, spec: TensorSpec, num_coordinates: int) -> tuple[int, int]:
-        """One byte where there is no residual, else what fsq takes."""
+        """One byte where there is no residual, as in any body that is too long for fsq; else what fsq takes."""
         check_lossy(self.kind, spec)
-        return 1, FsqCodec().body_bytes(_residual_spec(spec), num_coordinates)[1]
+        if num_coordinates > MAX_RESIDUAL_BODY:
+            return 1, 1
+        return FsqCodec().body_bytes(_residual_spec(spec), num_coordinates)
 
     def decoder(self, spec: TensorSpec, head: bytes | memoryview | None) -> LrqDecoder:
         """Takes at most 2 * rank symbols per coordinate, and MAX_FACTOR_SYMBOLS."""
@@ -96,13 +97,7 @@ class LrqDecoder:
             raise PayloadError(
                 f"a head of the codec 'lrq' begins {has_residual}, {rank} for a matrix of {rows} x {cols}"
             )
-        exponent = reader.svarint()
-        gains = [reader.svarint() for _ in range(rank)]
-        factors = _Factors(read_factors(reader, rank, rows, cols), rows, gains, exponent)
-        problem = factors.explain_inexact()
-        if problem:
-            raise PayloadError(f"factors of the codec 'lrq' {problem}")
-        self._product = factors.product()
+        self._product = Factors.read(reader, rank, rows, cols).product()
         self._residual: TensorDecoder | None = None
         if has_residual:
             self._residual = FsqCodec().decoder(_residual_spec(spec), reader.take(reader.left))
@@ -120,7 +115,8 @@ class LrqDecoder:
         residual, product = torch.empty(len(out)), torch.empty(len(out))
         self._residual.decode(first, body, residual)
         self._product.write(first, product)
-        out.copy_(product.add_(residual))
+        largest = min(torch.finfo(out.dtype).max, torch.finfo(torch.float32).max)
+        out.copy_(product.add_(residual).clamp_(-largest, largest))
 
 
 class LrqAnalysis:
@@ -145,7 +141,7 @@ class LrqAnalysis:
         seed: int = 0,
     ) -> None:
         if not self.fits(spec):
-            raise ValueError(
+            raise NotLowRankError(
                 f"the codec 'lrq' is not for tensor {spec.name!r}, {spec.dtype} of shape {spec.shape}; take fsq"
             )
         self._spec, self._source = spec, source
@@ -159,6 +155,7 @@ class LrqAnalysis:
         # They are kept while all tensors of an update are analyzed, and float32 is what they are good to.
         self._left, self._right = left.T.float().contiguous(), right.T.float().contiguous()
         self._last: _Rounded | None = None
+        self._residual_rival = Rival()
         self._residuals: dict[int, FsqAnalysis] = {}
 
     @staticmethod
@@ -172,26 +169,29 @@ class LrqAnalysis:
 
         Takes O(max_rank * (rows + cols)) operations; reads the tensor only where a residual may pay. Raises StepTooFineError.
         """
-        return self._choose(step)[0]
+        return self._matched(self._choose(step))
 
     def plan(self, step: float) -> TensorPlan:
         """The plan at that step. Raises StepTooFineError where factors would take integers beyond MAX_REACH."""
-        rounded = self._round(step)
-        _, has_residual = self._choose(step)
-        gains = rounded.gains * self._unit
-        if self._match_gain and not has_residual and len(gains):
-            gains *= self._energy / rounded.explained
-        factors = _Factors.of(rounded.factors, self._rows, gains.tolist())
-        head = bytes([has_residual]) + factors.gains_as_bytes()
-        head += write_factors(rounded.factors, self._rows, rounded.fit, self._coder)
-        if not has_residual:
+        rounded, way = self._round(step), self._choose(step)
+        integers, gains = rounded.integers[: way.rank], rounded.gains(way.rank) * self._unit
+        if way.has_residual and self._match_gain:
+            product = Factors.of(integers, self._rows, gains.tolist()).product()
+            way = way._replace(left_over=self._analyze_residual(product, 1.0).cost(step).squared_error)
+        gain = self._gain(way)
+        factors = Factors.of(integers, self._rows, (gains * gain).tolist())
+        problem = factors.explain_inexact()
+        if problem:
+            raise StepTooFineError(f"factors of tensor {self._spec.name!r} {problem}; take a larger step, or fsq")
+        head = bytes([way.has_residual]) + varint(way.rank) + factors.write(rounded.fit, self._coder)
+        if not way.has_residual:
             return _plan(head, _body_coordinates(self._cols), lambda first, tile: b"\0")
         product = factors.product()
-        residual = self._analyze_residual(product).plan(step)
+        residual = self._analyze_residual(product, gain).plan(step * gain)
         return _plan(
             head + (residual.head or b""),
             residual.body_coordinates,
-            lambda first, tile: residual.encode(first, product.subtracted_from(first, tile)),
+            lambda first, tile: residual.encode(first, product.subtracted_from(first, tile, gain)),
         )
 
     def _find_unit(self) -> float:
@@ -224,7 +224,7 @@ class LrqAnalysis:
         return rows, cols
 
     def _round(self, step: float) -> _Rounded:
-        """Factors at that step, as many components as pay, and their gains."""
+        """Factors at that step: all components that might pay."""
         if self._last is not None and self._last.step == step:
             return self._last
         scale = self._unit / step
@@ -238,173 +238,170 @@ class LrqAnalysis:
         left, right = left[:rank], right[:rank]
         if rank and max(float(left.abs().max()), float(right.abs().max())) > MAX_REACH:
             raise _too_fine(step)
-        factors = torch.cat([left, right], 1).int().numpy()
-        fit = fit_factors(factors, self._rows)
-        bits = np.cumsum([0.0, *(fit.bits + _BITS_PER_GAIN)])
-
         inner = ((left @ self._left.T.double()) * (right @ self._right.T.double())) @ self._values
-        gram = (left @ left.T) * (right @ right.T)
-        # The first r rows of a Cholesky factor are that of the first r components: one factor answers for every rank.
-        root, failed_at = torch.linalg.cholesky_ex(gram)
+        # The first r rows of a Cholesky factor are that of the first r components: one least-squares fit answers for every rank.
+        root, failed_at = torch.linalg.cholesky_ex((left @ left.T) * (right @ right.T))
         rank = int(failed_at) - 1 if failed_at else rank
         root = root[:rank, :rank]
         halfway = torch.linalg.solve_triangular(root, inner[:rank, None], upper=False)
+        integers = torch.cat([left[:rank], right[:rank]], 1).int().numpy()
+        fit = fit_factors(integers, self._rows)
+        bits = np.cumsum([0.0, *(fit.bits + _BITS_PER_GAIN)])
+        bits += [_HEADER_BITS * (1 + count.bit_length()) for count in range(rank + 1)]
         explained = np.cumsum([0.0, *halfway[:, 0].square().tolist()])
-        rank = int(np.argmin(LAMBDA / scale**2 * bits[: rank + 1] - explained))
-        gains = torch.linalg.solve_triangular(root[:rank, :rank].T, halfway[:rank], upper=True)[:, 0]
-        self._last = _Rounded(step, factors[:rank], gains.numpy(), fit, float(bits[rank]), float(explained[rank]))
+        left_over = np.maximum(0.0, self._energy - explained) * self._unit**2
+        self._last = _Rounded(step, integers, fit, root, halfway, bits, left_over)
         return self._last
 
-    def _choose(self, step: float) -> tuple[Cost, bool]:
-        """The better of the two ways, and whether it has a residual."""
+    def _choose(self, step: float) -> _Way:
+        """The better of the two ways, or the one that was asked for."""
         rounded = self._round(step)
-        error = max(0.0, self._energy - rounded.explained)
-        if self._match_gain:
-            error = error * self._energy / rounded.explained if rounded.explained > 0 else self._energy
-        bits = rounded.bits + _HEADER_BITS * (1 + len(rounded.gains).bit_length())
-        plain = Cost(bits, error * self._unit**2)
-        if self._wants_residual is False or (self._wants_residual is None and not self._may_residual_pay(rounded)):
-            return plain, False
-        rest = self._residual_of(len(rounded.gains)).cost(step)
-        both = Cost(bits + rest.bits, rest.squared_error)
+        price = LAMBDA * step**2
+        bits, left_over = rounded.bits, rounded.left_over
+        rank = int(np.argmin(left_over + price * bits))
+        plain = _Way(rank, float(bits[rank]), float(left_over[rank]), False)
+        if self._wants_residual is False or (self._wants_residual is None and not plain.left_over):
+            return plain
+        # With a residual fewer components pay: what they would say, it says nearly as well.
+        expected = self._expect(plain, left_over, step) + price * (bits + _CONTEXT_BITS * (self._rows + self._cols))
+        rank = int(np.argmin(expected))
+        if self._wants_residual is None:
+            is_hopeless = expected[rank] > _HOPEFUL * (plain.left_over + price * plain.bits)
+            if is_hopeless or not self._residual_rival.may_lead(step):
+                return plain
+        residual = self._residual_cost(rank, float(left_over[rank]), step)
+        both = _Way(rank, float(bits[rank]) + residual.bits, residual.squared_error, True)
         if self._wants_residual:
-            return both, True
-        return min((plain, False), (both, True), key=lambda way: way[0].squared_error + LAMBDA * step**2 * way[0].bits)
+            return both
+        of_plain, of_both = (lagrangian(self._matched(way), step) for way in (plain, both))
+        self._residual_rival.note(step, of_both, min(of_plain, of_both))
+        return plain if of_plain <= of_both else both
 
-    def _may_residual_pay(self, rounded: _Rounded) -> bool:
-        """Whether enough of the residual is so large that coding it can repay what its contexts cost.
+    def _expect(self, plain: _Way, left_over: Floats, step: float) -> Floats:
+        """Error + lambda * bits of an ideally coded Gaussian residual of each energy: reverse water-filling.
 
-        The variance at (i, j) is taken to be that of row i times that of column j over the mean.
+        The variance at (i, j) is that of row i times that of column j over the mean, as the components of `plain` leave them.
         """
-        rank, floor = len(rounded.gains), (rounded.step / self._unit) ** 2
-        squares = self._values[:rank].square().float()
-        rows = (self._row_energy - squares @ self._left[:rank].square()).clamp_min(0)
-        cols = (self._col_energy - squares @ self._right[:rank].square()).clamp_min(0)
-        total = float(rows.sum())
-        if not total:
-            return False
+        squares = self._values[: plain.rank].square().float()
+        rows = (self._row_energy - squares @ self._left[: plain.rank].square()).clamp_min(0)
+        cols = (self._col_energy - squares @ self._right[: plain.rank].square()).clamp_min(0)
+        # What rounding leaves is all over the matrix.
+        noise = max(0.0, (plain.left_over - self._tail(plain.rank)) / self._unit**2)
+        rows, cols = rows + noise / self._rows, cols + noise / self._cols
         quantiles = (torch.arange(_NUM_QUANTILES) + 0.5) / _NUM_QUANTILES
         rows, cols = (energy.sort()[0][(quantiles * len(energy)).long()] for energy in (rows, cols))
-        variance = torch.outer(rows, cols / total)
-        worth = self._rows * self._cols * float((variance - floor / 8).clamp_min(0).mean())
-        return worth > 2 * LAMBDA * floor * (self._rows + self._cols)
+        variances = torch.outer(rows, cols).reshape(-1).numpy()
+        variances = variances / variances.sum() if variances.any() else np.full(len(variances), 1 / len(variances))
+        water = step**2 / 12 * self._rows * self._cols / len(variances)
+        depth = np.outer(left_over, variances) / water
+        expected: Floats = water * np.where(depth > 1, 1 + np.log(np.maximum(depth, 1)), depth).sum(1)
+        return expected
 
-    def _residual_of(self, rank: int) -> FsqAnalysis:
-        """What about so many components leave before they are rounded, which hardly matters for the residual."""
-        rank = min(2 ** (rank - 1).bit_length() if rank else 0, len(self._values))
+    def _residual_cost(self, rank: int, energy: float, step: float) -> Cost:
+        """What coding the residual of so many components takes, of the energy that is left after rounding.
+
+        Told by what about so many components leave before they are rounded, or fewer where that is hardly anything: a source of
+        other energy costs at one step what this one costs at another. Ranks within 9 % share a look at the tensor.
+        """
+        if not energy:
+            return Cost(8.0, 0.0)
+        while rank and self._tail(rank) < energy / 4:
+            rank -= 1
+        rank = math.floor(2 ** (math.floor(8 * math.log2(rank)) / 8)) if rank else 0
         if rank not in self._residuals:
             scaled = self._right[:rank] * (self._values[:rank, None] * self._unit)
-            self._residuals[rank] = self._analyze_residual(_Product(self._left[:rank], scaled))
-        return self._residuals[rank]
+            self._residuals[rank] = self._analyze_residual(Product(self._left[:rank], scaled), 1.0)
+        ratio = energy / self._tail(rank)
+        cost = self._residuals[rank].cost(step / math.sqrt(ratio))
+        return Cost(cost.bits, min(cost.squared_error * ratio, energy))
 
-    def _analyze_residual(self, product: _Product) -> FsqAnalysis:
+    def _tail(self, rank: int) -> float:
+        """|x - x'|^2 with the first components as they are."""
+        return max(0.0, self._energy - float(self._values[:rank].square().sum())) * self._unit**2
+
+    def _matched(self, way: _Way) -> Cost:
+        return Cost(way.bits, way.left_over * self._gain(way))
+
+    def _gain(self, way: _Way) -> float:
+        """What makes the inner product with the tensor what it should be, where that is wanted: of the error, a factor too."""
+        energy = self._energy * self._unit**2
+        return energy / (energy - way.left_over) if self._match_gain and way.left_over < energy else 1.0
+
+    def _analyze_residual(self, product: Product, gain: float) -> FsqAnalysis:
+        """Of the tensor times the gain less the product, in whose factors the gain is already."""
         return FsqAnalysis(
             _residual_spec(self._spec),
-            lambda first, num_coordinates: product.subtracted_from(first, self._source(first, num_coordinates)),
-            match_gain=self._match_gain,
+            lambda first, count: product.subtracted_from(first, self._source(first, count), gain),
             coder=self._coder,
         )
 
 
+class _Way(NamedTuple):
+    """A way to send a matrix: its components, its bits, and |x|^2 - <x, x'> of it before gains are matched."""
+
+    rank: int
+    bits: float
+    left_over: float
+    has_residual: bool
+
+
+class LrqConfig(LossyTable):
+    """Matrices by their leading singular components, everything else as fsq has it."""
+
+    kind: Literal["lrq"] = Field(
+        default="lrq", description="Matrices as sums of outer products of small integers, the rest as fsq does."
+    )
+    max_rank: int = Field(
+        default=64,
+        ge=1,
+        le=1024,
+        description="Components looked for in each matrix; those that pay are sent. More takes longer.",
+    )
+    residual: bool | None = Field(
+        default=None,
+        description="Whether what the components leave is coded too, by fsq. Unset: where it pays.",
+        examples=[False],
+    )
+
+    def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
+        """Matrices by lrq, even where fsq is shorter; what is no matrix by fsq, or if small by uniform."""
+
+        def analyze(spec: TensorSpec, source: TileSource) -> Iterator[Analysis]:
+            try:
+                yield LrqAnalysis(
+                    spec,
+                    source,
+                    max_rank=self.max_rank,
+                    residual=self.residual,
+                    match_gain=self.match_gain,
+                    coder=self.coder,
+                    seed=seed,
+                )
+            except NotLowRankError:
+                yield FsqAnalysis(spec, source, match_gain=self.match_gain, coder=self.coder)
+
+        return plan_tensors(tensors, analyze, self.aim, seed=seed)
+
+
 class _Rounded(NamedTuple):
-    """What rounding at a step leaves: integers (rank, rows + cols) and gains, their bits, and the energy that they explain."""
+    """Components rounded at a step: integers (rank, rows + cols); and for the first 0 .. rank of them bits and energy left over.
+
+    `root` is the Cholesky factor of the Gram matrix of the rounded components, `halfway` root^-1 times their inner products with
+    the matrix.
+    """
 
     step: float
-    factors: Ints
-    gains: Floats
-    fit: Fit
-    bits: float
-    explained: float
-
-
-class _Factors(NamedTuple):
-    """The matrix that is the sum of gain * outer(left, right) * 2^exponent: all integers, left and right side by side."""
-
     integers: Ints
-    rows: int
-    gains: list[int]
-    exponent: int
+    fit: Fit
+    root: Tensor
+    halfway: Tensor
+    bits: Floats
+    left_over: Floats
 
-    @classmethod
-    def of(cls, integers: Ints, rows: int, gains: list[float]) -> Self:
-        """Rounds gains to _GAIN_BITS or more: the smallest to those, all to multiples of the same power of two.
-
-        Raises StepTooFineError where that is not exact any more.
-        """
-        exponents = [math.frexp(gain)[1] for gain in gains if gain] or [0]
-        exponent = max(min(exponents) - _GAIN_BITS, max(exponents) - _MAX_GAIN_BITS)
-        factors = cls(integers, rows, [round(math.ldexp(gain, -exponent)) for gain in gains], exponent)
-        problem = factors.explain_inexact()
-        if problem:
-            raise StepTooFineError(f"factors of the codec 'lrq' {problem}; take a larger step, or fsq")
-        return factors
-
-    def gains_as_bytes(self) -> bytes:
-        return varint(len(self.gains)) + svarint(self.exponent) + b"".join(map(svarint, self.gains))
-
-    def explain_inexact(self) -> str:
-        """Empty where every value is exact in float64, and finite in float32 with room for a residual."""
-        left, right = (np.abs(side).max(1, initial=0).tolist() for side in self._sides())
-        largest = sum(abs(gain) * left * right for gain, left, right in zip(self.gains, left, right, strict=True))
-        if largest >= _EXACT:
-            return f"may sum to {largest:.2e}; expected less than 2^53"
-        if self.exponent < _MIN_EXPONENT or largest.bit_length() + self.exponent > _MAX_EXPONENT:
-            return f"are of 2^{self.exponent}; expected 2^{_MIN_EXPONENT} at least, and values below 2^{_MAX_EXPONENT}"
-        return ""
-
-    def product(self) -> _Product:
-        left, right = (torch.from_numpy(side) for side in self._sides())
-        scales = torch.tensor([math.ldexp(gain, self.exponent) for gain in self.gains], dtype=torch.float64)
-        return _Product(left.short(), right * scales[:, None])
-
-    def _sides(self) -> tuple[Ints, Ints]:
-        return self.integers[:, : self.rows], self.integers[:, self.rows :]
-
-
-class _Product:
-    """left^T @ right, in parts. (rank, rows) of any type, (rank, cols) float64."""
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self._left, self._right = left, right
-        self._buffer = torch.empty(2 * TILE, dtype=torch.float64)
-
-    def write(self, first: int, out: Tensor) -> None:
-        """Coordinates from `first` on, rounded once to the type of `out`."""
-        cols = self._right.shape[1]
-        for row, col, target in _rectangles(first, out, cols):
-            height, width = target.shape
-            width = min(width, _TILE_WIDTH)
-            height = len(self._buffer) // width
-            for top in range(0, target.shape[0], height):
-                left = self._left[:, row + top : row + min(top + height, target.shape[0])].T.to(torch.float64)
-                for start in range(0, target.shape[1], width):
-                    part = target[top : top + height, start : start + width]
-                    right = self._right[:, col + start : col + start + part.shape[1]]
-                    product = self._buffer[: part.numel()].view(part.shape)
-                    part.copy_(torch.mm(left, right, out=product))
-
-    def subtracted_from(self, first: int, tile: Tensor) -> Tensor:
-        """A flat tile that begins at `first`, as float32, less the product: fresh memory."""
-        product = torch.empty(len(tile))
-        self.write(first, product)
-        return torch.sub(tile.to(torch.float32), product, out=product)
-
-
-def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
-    """A tensor as a matrix: its first dimension by the product of the rest; one row where there are fewer than two dimensions."""
-    if len(spec.shape) < 2:
-        return 1, spec.num_elements
-    return spec.shape[0], math.prod(spec.shape[1:])
-
-
-def _rectangles(first: int, out: Tensor, cols: int) -> Iterator[tuple[int, int, Tensor]]:
-    """The rest of a begun row, whole rows, a row begun: (row, column, matrix view of that part of `out`)."""
-    while len(out):
-        row, col = divmod(first, cols)
-        width = min(cols - col, len(out))
-        height = len(out) // cols if width == cols else 1
-        yield row, col, out[: height * width].view(height, width)
-        first, out = first + height * width, out[height * width :]
+    def gains(self, rank: int) -> Floats:
+        """What the first components are to be multiplied by, fitted by least squares."""
+        gains = torch.linalg.solve_triangular(self.root[:rank, :rank].T, self.halfway[:rank], upper=True)
+        return np.asarray(gains[:, 0])
 
 
 def _round_factor(scaled: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ OVERSAMPLING: Final = 8
 NUM_PASSES: Final = 2
 
 # Of a Gram matrix in float64, eigenvalues below this share of the largest are rounding.
-_NEGLIGIBLE = 1e-11
+_NEGLIGIBLE = 1e-13
 
 
 class Triples(NamedTuple):
@@ -71,4 +71,5 @@ def _whitening(vectors: Tensor) -> Tensor:
     """W such that the columns of `vectors @ W` are orthonormal; directions that are only rounding are left out."""
     squares, rotation = torch.linalg.eigh(vectors.T @ vectors)
     is_kept = squares > _NEGLIGIBLE * squares[-1:].clamp_min(torch.finfo(torch.float64).tiny)
-    return rotation[:, is_kept] / squares[is_kept].sqrt()
+    whitening: Tensor = rotation[:, is_kept] / squares[is_kept].sqrt()
+    return whitening
