@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-codecs proto clean
+.PHONY: help setup demo test check bench bench-codecs bench-bytes proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
@@ -40,6 +40,9 @@ bench: .stamps/setup ## Measure rounds without training against their floors (do
 
 bench-codecs: .stamps/setup ## Measure what codecs cost and lose, on synthetic vectors and on updates of real clients
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.codecs $(ARGS)
+
+bench-bytes: .stamps/setup ## Measure the bytes that accuracy costs, both ways: MNIST with 100 sites (hours for all rows)
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.bytes_to_accuracy $(ARGS)
 
 proto: .stamps/setup .stamps/proto ## Format the contract and write its stubs anew
 	.venv/bin/buf format --write

@@ -1,0 +1,717 @@
+"""Bytes to accuracy: federated averaging on MNIST with the real coordinator and the real client code, everything on the line counted.
+
+    python -m benchmarks.bytes_to_accuracy [--rows auto ...] [--split iid] [--participation 0.1] [--seeds 0 1 2] [--rounds 40]
+    python -m benchmarks.bytes_to_accuracy --quick
+    python -m benchmarks.bytes_to_accuracy --tune
+
+100 sites, E = 5, B = 10, the network with two hidden layers (examples/mnist). The coordinator is a fed-server process that
+evaluates every version on the 10,000 test images; the sites share a process (benchmarks/simulated_sites.py) and talk to it over
+loopback. Rows of one seed have the same split, cohorts, first model and order of the data. Bytes are the coordinator's own count of
+bulk traffic, whatever it was needed for; the bytes of the sockets, control messages included, stand beside it. Each run is
+merged into benchmarks/results/bytes_to_accuracy.json when it ends; what was never run is listed as "not run".
+
+Data: DIR of --data (default: FEDSTREAM_DATA, else ../shared/data beside the repository) holds `mnist` with the four IDX files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+ROOT: Final = Path(__file__).parent.parent
+RESULT: Final = Path(__file__).parent / "results" / "bytes_to_accuracy.json"
+IMAGE: Final = ROOT / "docs" / "images" / "bytes_to_accuracy.png"
+WORKLOAD: Final = f"{ROOT / 'examples' / 'mnist' / 'workload.py'}:TwoNN"
+"""What the coordinator evaluates with; the sites' differs in the speed of a step."""
+SITES_WORKLOAD: Final = f"{Path(__file__).parent / 'two_layers.py'}:WrittenOutTwoNN"
+
+NUM_SITES: Final = 100
+NUM_HELD_OUT: Final = 5000
+GRID: Final = (0.05, 0.1, 0.2)
+LEARNING_RATES: Final = {"iid": 0.1, "shards": 0.05}
+"""The best of the grid for `raw`, on held-out training images (--tune)."""
+TARGETS: Final = {"iid": (0.97,), "shards": (0.9, 0.97)}
+NUM_FINAL: Final = 10
+NUM_SEEDS: Final = 3
+
+# What a row says in its run config; nothing where the default is meant.
+ROWS: Final[dict[str, str]] = {
+    "raw": '[uplink]\nkind = "raw"\n[downlink]\nkind = "raw"\n',
+    "cast float16": '[uplink]\nkind = "cast"\ndtype = "float16"\n',
+    "uniform 8": '[uplink]\nkind = "uniform"\nbits = 8\n',
+    "uniform 4": '[uplink]\nkind = "uniform"\nbits = 4\n',
+    "fsq": '[uplink]\nkind = "fsq"\n',
+    "lrq": '[uplink]\nkind = "lrq"\n',
+    "auto": "",
+}
+MAIN_ROWS: Final = ("raw", "auto")
+
+_FILES: Final = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+# Of Student's distribution, two-sided 95 %, by degrees of freedom.
+_STUDENT: Final = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to be measured."""
+
+    row: str
+    split: str
+    participation: float
+    seed: int
+    rounds: int
+    learning_rate: float
+    is_tuning: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        """What it is a repetition of where it is the same."""
+        return self.row, self.split, self.participation, self.seed
+
+    def config(self) -> str:
+        """The run's TOML."""
+        size = round(NUM_SITES * self.participation)
+        return (
+            f'name = "bench"\nworkload = "mnist-2nn"\nseed = {self.seed}\n'
+            f"[cohort]\nsize = {size}\nquorum = {size}\nmin_clients = {NUM_SITES}\n"
+            f"[schedule]\nmax_rounds = {self.rounds}\ndeadline_seconds = 3600\n"
+            f'[training]\nbatch_size = 10\nlocal_work = {{ kind = "epochs", epochs = 5 }}\n'
+            f'[training.optimizer]\nkind = "sgd"\nlearning_rate = {self.learning_rate}\n'
+            f'[evaluation]\nat = "coordinator"\nbatch_size = 1000\n{ROWS[self.row]}'
+        )
+
+
+@dataclass
+class Run:
+    """What came of a case. Bytes are those of bulk messages (Traffic.wire_bytes), by round where they are lists."""
+
+    row: str
+    split: str
+    participation: float
+    seed: int
+    rounds: int
+    learning_rate: float
+    num_parameters: int
+    num_updates: list[int]
+    accuracy: list[float]
+    up_bytes: list[int]
+    down_bytes: list[int]
+    up_payload_bytes: int
+    down_payload_bytes: int
+    raw_bytes: int
+    socket_up_bytes: int | None
+    socket_down_bytes: int | None
+    error: float
+    gain: float
+    fetches: dict[str, int]
+    num_diverged: int
+    num_failed: int
+    warnings: dict[str, int]
+    seconds_per_round: float
+    config: str
+    commit: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        """As that of its case."""
+        return self.row, self.split, self.participation, self.seed
+
+    def bits(self, num_bytes: float, first: int = 0) -> float:
+        """Bits per folded update and parameter."""
+        return 8 * num_bytes / (sum(self.num_updates[first:]) * self.num_parameters)
+
+    def total(self, first: int = 0) -> float:
+        """Bits both ways, of the rounds from `first` (counted from 0) on."""
+        return self.bits(sum(self.up_bytes[first:]) + sum(self.down_bytes[first:]), first)
+
+    def rounds_to(self, target: float) -> int | None:
+        """The first round that committed a version as accurate as that."""
+        return next((i + 1 for i, value in enumerate(self.accuracy) if value >= target), None)
+
+    def bytes_to(self, target: float) -> int | None:
+        """Bytes both ways up to and with that round."""
+        rounds = self.rounds_to(target)
+        return None if rounds is None else sum(self.up_bytes[:rounds]) + sum(self.down_bytes[:rounds])
+
+    @property
+    def final_accuracy(self) -> float:
+        """Mean of the last ten rounds."""
+        return statistics.fmean(self.accuracy[-NUM_FINAL:])
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_data(source: Path, folder: Path, *, is_tuning: bool) -> None:
+    """The four files unpacked, for a hundred sites read them; with `is_tuning` the last 5,000 training images stand in for the
+    test images and are trained on no longer."""
+    folder.mkdir()
+    for name in _FILES:
+        packed = source / f"{name}.gz"
+        (folder / name).write_bytes(
+            gzip.decompress(packed.read_bytes()) if packed.exists() else (source / name).read_bytes()
+        )
+    if not is_tuning:
+        return
+    for kind in ("images-idx3", "labels-idx1"):
+        content = (folder / f"train-{kind}-ubyte").read_bytes()
+        begin = 4 + 4 * content[3]
+        count = int.from_bytes(content[4:8], "big")
+        cut = begin + (len(content) - begin) // count * (count - NUM_HELD_OUT)
+        for part, number, body in (
+            ("train", count - NUM_HELD_OUT, content[begin:cut]),
+            ("t10k", NUM_HELD_OUT, content[cut:]),
+        ):
+            header = content[:4] + number.to_bytes(4, "big") + content[8:begin]
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + body)
+
+
+def socket_bytes(port: int) -> tuple[int | None, int | None]:
+    """Bytes that this machine's connections to a port have sent to it and got from it, HTTP/2 and control messages included; None
+    where `ss` (iproute2) is missing."""
+    if shutil.which("ss") is None:
+        return None, None
+    listed = subprocess.run(
+        ["ss", "--tcp", "--info", "--no-header", "--oneline", "state", "established", f"dport = :{port}"],
+        stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout  # fmt: skip
+
+    def total(word: str) -> int:
+        return sum(int(number) for number in re.findall(rf"\b{word}:(\d+)", listed))
+
+    return total("bytes_acked"), total("bytes_received")
+
+
+def measure(case: Case, source: Path, folder: Path) -> Run:
+    """One run from version 0 to its last round, with a coordinator and sites of its own."""
+    import torch
+
+    from benchmarks.echo_rounds import Watched
+    from benchmarks.light_operator import Operator
+    from benchmarks.simulated_sites import Journal, simulated_sites
+    from examples.mnist.workload import TwoNN
+    from fed_core.tensors import model_specs, model_tensors
+    from fed_core.workload import initial_model
+    from fedstream.v1 import runs_pb2
+
+    torch.set_num_threads(1)
+    data = folder / "data"
+    prepare_data(source, data, is_tuning=case.is_tuning)
+    server = Watched(
+        ["fed_server.cli.server", "run", "--data-dir", str(folder / "server"), "--listen", "127.0.0.1:0",
+         "--drain-seconds", "0", "--log-level", "warning", "--lease-seconds", "600", "--workload", WORKLOAD,
+         "--evaluation-data", str(data)]
+    )  # fmt: skip
+    try:
+        address = server.line().split(" on ")[1].split()[0]
+        join_token = (folder / "server" / "join-token").read_text().strip()
+        operator = Operator(f"unix:{folder / 'server' / 'fed-server.sock'}")
+        model = initial_model(TwoNN(), case.seed)
+        operator.submit(case.config(), model_tensors(model), specs=model_specs(model))
+        options = [
+            {"split": case.split, "site": str(site), "num_sites": str(NUM_SITES), "partition_seed": str(case.seed),
+             "held_out": "0"}
+            for site in range(NUM_SITES)
+        ]  # fmt: skip
+        journal = Journal()
+        journal.configure()
+        began = time.perf_counter()
+        with simulated_sites(
+            address, join_token, folder / "sites", workload=SITES_WORKLOAD, data=data, options=options
+        ):
+            rounds_done = 0
+
+            def is_over(run: runs_pb2.Run) -> bool:
+                nonlocal rounds_done
+                if run.round > rounds_done and run.metrics:
+                    rounds_done = run.round
+                    accuracy = next((m.value for m in run.metrics if m.name == "accuracy"), math.nan)
+                    print(f"{case.key} round {run.round}, before it {accuracy:.4f}", file=sys.stderr, flush=True)
+                return False
+
+            ended = operator.wait("bench", is_over, timeout=24 * 3600)
+            seconds = time.perf_counter() - began
+            sockets = socket_bytes(int(address.rpartition(":")[2]))
+            report = operator.report("bench")
+        operator.channel.close()
+    finally:
+        server.end()
+    if ended.state != runs_pb2.RUN_STATE_FINISHED:
+        raise RuntimeError(f"{case}: {ended.reason}")
+    return _run_of(case, report, sockets, journal, seconds)
+
+
+def _run_of(case: Case, report: Any, sockets: tuple[int | None, int | None], journal: Any, seconds: float) -> Run:
+    versions = [model for model in report.models if model.version > 0]
+    clients = [client for each in report.rounds for client in each.clients]
+    fidelities = [client.fidelity for client in clients if client.HasField("fidelity")]
+    up, down = sockets
+    return Run(
+        row=case.row,
+        split=case.split,
+        participation=case.participation,
+        seed=case.seed,
+        rounds=case.rounds,
+        learning_rate=case.learning_rate,
+        num_parameters=report.run.num_parameters,
+        num_updates=[model.num_updates for model in versions],
+        accuracy=[
+            round(next(metric.value for metric in model.metrics if metric.name == "accuracy"), 6) for model in versions
+        ],
+        up_bytes=[each.uplink.wire_bytes for each in report.rounds],
+        down_bytes=[each.downlink.wire_bytes for each in report.rounds],
+        up_payload_bytes=report.uplink.payload_bytes,
+        down_payload_bytes=report.downlink.payload_bytes,
+        raw_bytes=report.uplink.raw_bytes + report.downlink.raw_bytes,
+        socket_up_bytes=up,
+        socket_down_bytes=down,
+        error=statistics.fmean(each.error for each in fidelities),
+        gain=statistics.fmean(each.gain for each in fidelities),
+        fetches={str(number): count for number, count in sorted(journal.fetches.items())},
+        num_diverged=sum(client.has_diverged for client in clients),
+        num_failed=sum(client.reason != "" for client in clients),
+        warnings=dict(journal.warnings),
+        seconds_per_round=round(seconds / len(versions), 2),
+        config=case.config(),
+        commit=_commit(),
+    )
+
+
+def _commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,
+    )  # fmt: skip
+    return described.stdout.strip()
+
+
+def measure_apart(case: Case, source: Path, folder: str | None) -> Run:
+    """The same in a process of its own: what a run leaves in memory and in gRPC is nothing to the next."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        run = subprocess.run(
+            [sys.executable, "-m", "benchmarks.bytes_to_accuracy", "--data", str(source.parent), "--case",
+             json.dumps(asdict(case)), scratch],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    return Run(**json.loads(run.stdout.splitlines()[-1]))
+
+
+# -- what others would send --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Peer:
+    """The wire of another framework, computed from its format for this model: bits per parameter, one way."""
+
+    name: str
+    bits: float
+    how: str
+
+
+def peers() -> list[Peer]:
+    """Both ways alike, and no message around the values."""
+    shapes = [(200, 784), (200,), (200, 200), (200,), (10, 200), (10,)]
+    num_parameters = sum(math.prod(shape) for shape in shapes)
+    blocks = {length: sum(math.ceil(math.prod(shape) / length) for shape in shapes) for length in (64, 4096)}
+    return [
+        Peer("float32 (Flower, FedML, FATE ... by default)", 32.0, "4 bytes a value"),
+        Peer("NVFlare fp16", 16.0, "2 bytes a value"),
+        Peer("NVFlare blockwise8", 8 + 32 * blocks[4096] / num_parameters, "a byte a value, a float32 per 4096"),
+        Peer("NVFlare nf4", 4 + 32 * blocks[64] / num_parameters, "4 bits a value, a float32 per 64"),
+        Peer("OpenFL STC 10 %", _stc_bits(shapes, 0.1), "gzip of float32 0, 1, 2; its class's default share"),
+        Peer("OpenFL STC 1 %", _stc_bits(shapes, 0.01), "gzip of float32 0, 1, 2"),
+    ]
+
+
+def _stc_bits(shapes: Sequence[tuple[int, ...]], share: float) -> float:
+    """The largest values of each tensor as one of two signs, the rest zero, in float32 through gzip, as OpenFL's STCPipeline writes
+    them; where these values lie is drawn."""
+    rng = np.random.default_rng(0)
+    num_bytes = 0
+    for shape in shapes:
+        length = math.prod(shape)
+        values = np.ones(length, np.float32)
+        chosen = rng.permutation(length)[: math.ceil(length * share)]
+        values[chosen] = rng.integers(0, 2, len(chosen)) * 2
+        num_bytes += len(gzip.compress(values.tobytes(), mtime=0))
+    return 8 * num_bytes / sum(math.prod(shape) for shape in shapes)
+
+
+# -- what it comes to --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Interval:
+    """Mean and 95 % interval of a paired difference or ratio, by Student's distribution; no interval for one pair."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval | None:
+        """Of one value for each seed; None where there is none."""
+        if not values:
+            return None
+        mean = statistics.fmean(values)
+        if len(values) == 1:
+            return cls(mean, None, None)
+        half = _STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(mean, mean - half, mean + half)
+
+
+@dataclass
+class Summary:
+    """A row of the table: means over its seeds."""
+
+    row: str
+    split: str
+    participation: float
+    seeds: list[int]
+    status: str = "not run"
+    rounds: int | None = None
+    up_bits: float | None = None
+    down_bits: float | None = None
+    total_bits: float | None = None
+    total_bits_after_first: float | None = None
+    socket_bits: float | None = None
+    final_accuracy: float | None = None
+    rounds_to: dict[str, float | None] = field(default_factory=dict)
+    bytes_to: dict[str, float | None] = field(default_factory=dict)
+    accuracy_difference: Interval | None = None
+    rounds_ratio: dict[str, Interval | None] = field(default_factory=dict)
+    error: float | None = None
+    gain: float | None = None
+
+
+def summarize(runs: Sequence[Run]) -> list[Summary]:
+    """Every row of every setting, run or not."""
+    found: dict[tuple[str, float, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        found[run.split, run.participation, run.row].append(run)
+    settings = [("iid", 0.1, tuple(ROWS)), ("iid", 1.0, MAIN_ROWS), ("shards", 0.1, tuple(ROWS))]
+    settings.append(("shards", 1.0, MAIN_ROWS))
+    return [
+        _summary(row, split, participation, found[split, participation, row], found[split, participation, "raw"])
+        for split, participation, rows in settings
+        for row in rows
+    ]
+
+
+def _summary(row: str, split: str, participation: float, runs: Sequence[Run], raw: Sequence[Run]) -> Summary:
+    summary = Summary(row, split, participation, sorted(run.seed for run in runs))
+    if not runs:
+        return summary
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if len(known) == len(values) else None
+
+    summary.status, summary.rounds = "measured", min(run.rounds for run in runs)
+    summary.up_bits = mean([run.bits(sum(run.up_bytes)) for run in runs])
+    summary.down_bits = mean([run.bits(sum(run.down_bytes)) for run in runs])
+    summary.total_bits = mean([run.total() for run in runs])
+    summary.total_bits_after_first = mean([run.total(1) for run in runs])
+    summary.socket_bits = mean(
+        [
+            run.bits(run.socket_up_bytes + run.socket_down_bytes)
+            if run.socket_up_bytes is not None and run.socket_down_bytes is not None
+            else None
+            for run in runs
+        ]
+    )
+    summary.final_accuracy = mean([run.final_accuracy for run in runs])
+    summary.error, summary.gain = mean([run.error for run in runs]), mean([run.gain for run in runs])
+    for target in TARGETS[split]:
+        summary.rounds_to[f"{target:g}"] = mean([run.rounds_to(target) for run in runs])
+        summary.bytes_to[f"{target:g}"] = mean([run.bytes_to(target) for run in runs])
+    # Of equally many rounds, or a longer run would be compared with a shorter one's end.
+    by_seed = {run.seed: run for run in raw}
+    pairs = [(run, by_seed[run.seed]) for run in runs if run.seed in by_seed and by_seed[run.seed].rounds == run.rounds]
+    if row != "raw":
+        summary.accuracy_difference = Interval.of([a.final_accuracy - b.final_accuracy for a, b in pairs])
+        for target in TARGETS[split]:
+            ratios = [
+                mine / theirs
+                for a, b in pairs
+                if (mine := a.rounds_to(target)) is not None and (theirs := b.rounds_to(target)) is not None
+            ]
+            summary.rounds_ratio[f"{target:g}"] = Interval.of(ratios) if len(ratios) == len(pairs) else None
+    return summary
+
+
+def aims(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """The figures that are aimed at, with what was measured (None where it was not)."""
+    by_key = {(each.row, each.split, each.participation): each for each in summaries}
+    few, all_ = by_key["auto", "iid", 0.1], by_key["auto", "iid", 1.0]
+    ratio, difference = few.rounds_ratio.get("0.97"), few.accuracy_difference
+    listed = [
+        ("full participation, after version 0: up + down", all_.total_bits_after_first, 0.75, "max", "b/p"),
+        ("10 % a round, whole run, cold start included: up + down", few.total_bits, 4.5, "max", "b/p"),
+        ("the same, stretch", few.total_bits, 2.0, "max", "b/p"),
+        ("rounds to 97 % over raw's, end of the 95 % interval", ratio.high if ratio else None, 1.1, "max", "ratio"),
+        (
+            "final accuracy minus raw's, end of the 95 % interval",
+            100 * difference.low if difference and difference.low is not None else None,
+            -0.3,
+            "min",
+            "points",
+        ),
+    ]
+    return [{"what": w, "value": v, "aim": a, "direction": d, "unit": u} for w, v, a, d, u in listed]
+
+
+@contextmanager
+def results() -> Iterator[dict[str, Any]]:
+    """The JSON to read and change, for one process at a time; written back when the block ends."""
+    RESULT.parent.mkdir(exist_ok=True)
+    with RESULT.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        content: dict[str, Any] = json.loads(text) if text else {"benchmark": "bytes_to_accuracy"}
+        yield content
+        file.seek(0)
+        file.truncate()
+        file.write(_compact(json.dumps(content, indent=1)) + "\n")
+
+
+def _compact(text: str) -> str:
+    """JSON with its lists of numbers on one line each."""
+    return re.sub(r"\[[\s\d.,eE+-]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+
+
+def keep(run: Run | None) -> list[Summary]:
+    """Merges a run into the JSON, in place of an earlier one of the same case; returns what all come to."""
+    with results() as content:
+        runs = [Run(**each) for each in content.get("runs", [])]
+        if run is not None:
+            runs = sorted([each for each in runs if each.key != run.key] + [run], key=_order)
+        summaries = summarize(runs)
+        content["learning_rates"] = LEARNING_RATES
+        content["rows"] = [asdict(each) for each in summaries]
+        content["peers"] = [asdict(each) for each in peers()]
+        content["aims"] = aims(summaries)
+        content["runs"] = content.pop("runs", [])  # the longest part comes last
+        content["runs"] = [asdict(each) for each in runs]
+    return summaries
+
+
+def _order(run: Run) -> tuple[str, float, int, int]:
+    return run.split, run.participation, list(ROWS).index(run.row), run.seed
+
+
+def tables(summaries: Sequence[Summary]) -> Iterator[Table]:
+    """One for each setting; what was not measured is written so."""
+    for split, participation in sorted({(each.split, each.participation) for each in summaries}):
+        rows = [each for each in summaries if (each.split, each.participation) == (split, participation)]
+        targets = [f"{target:g}" for target in TARGETS[split]]
+        result = Table(title=f"{split}, {participation:.0%} a round: bits per folded update and parameter")
+        result.add_column("row")
+        for column in (
+            "seeds",
+            "rounds",
+            "up",
+            "down",
+            "total",
+            "after round 1",
+            "sockets",
+            *(f"{word} to {float(target):.0%}" for target in targets for word in ("rounds", "MB")),
+            "final accuracy",
+            "minus raw, points",
+        ):
+            result.add_column(column, justify="right")
+        for each in rows:
+            if each.status != "measured":
+                result.add_row(each.row, "not run")
+                continue
+            result.add_row(
+                each.row,
+                str(len(each.seeds)),
+                str(each.rounds),
+                *(
+                    _show(value, 3)
+                    for value in (
+                        each.up_bits,
+                        each.down_bits,
+                        each.total_bits,
+                        each.total_bits_after_first,
+                        each.socket_bits,
+                    )
+                ),
+                *(
+                    cell
+                    for target in targets
+                    for cell in (_show(each.rounds_to[target], 1), _show(each.bytes_to[target], 2, 1e-6))
+                ),
+                _show(each.final_accuracy, 4),
+                _show_interval(each.accuracy_difference),
+            )
+        yield result
+
+
+def _show(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return "not reached" if value is None else f"{factor * value:.{digits}f}"
+
+
+def _show_interval(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    text = f"{100 * interval.mean:+.2f}"
+    if interval.low is None or interval.high is None:
+        return text
+    return f"{text} ({100 * interval.low:+.2f} to {100 * interval.high:+.2f})"
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Writes a PNG: accuracy against bytes both ways, each row's first seed, at 10 % a round."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # Okabe and Ito's colours, which people with colour blindness can tell apart.
+    colors = dict(zip(ROWS, ("#000000", "#999999", "#56B4E9", "#0072B2", "#E69F00", "#009E73", "#D55E00"), strict=True))
+    splits = [split for split in TARGETS if any(run.split == split and run.participation == 0.1 for run in runs)]
+    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, all_axes = pyplot.subplots(
+            1, len(splits), figsize=(5.2 * len(splits), 4.2), layout="constrained", dpi=150, squeeze=False
+        )
+        for axes, split in zip(all_axes[0], splits, strict=True):
+            drawn = [run for run in runs if run.split == split and run.participation == 0.1]
+            for row in ROWS:
+                run = min((each for each in drawn if each.row == row), key=lambda each: each.seed, default=None)
+                if run is None:
+                    continue
+                megabytes = np.cumsum(np.array(run.up_bytes) + np.array(run.down_bytes)) / 1e6
+                best = np.maximum.accumulate(run.accuracy)
+                axes.plot(megabytes, 100 * best, color=colors[row], label=row, linewidth=2 if row == "auto" else 1.2)
+            axes.set_xscale("log")
+            axes.set_xlabel("MB on the line, both ways")
+            axes.set_ylabel("best test accuracy so far, %")
+            axes.set_ylim((90, 98) if split == "iid" else (60, 98))
+            axes.set_title("equal random parts" if split == "iid" else "two shards a site", fontsize=10)
+            axes.axhline(100 * TARGETS[split][0], color="#bbbbbb", linewidth=0.8, zorder=0)
+            axes.legend(frameon=False, fontsize=8)
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def tune(split: str, rounds: int, source: Path, folder: str | None, console: Console) -> None:
+    """`raw` with every learning rate of the grid, seed 0, measured on 5,000 training images that nobody trains on."""
+    for rate in GRID:
+        case = Case("raw", split, 0.1, 0, rounds, rate, is_tuning=True)
+        run = measure_apart(case, source, folder)
+        found = {
+            "split": split,
+            "learning_rate": rate,
+            "rounds": rounds,
+            "accuracy": run.final_accuracy,
+            "rounds_to": {f"{target:g}": run.rounds_to(target) for target in TARGETS[split]},
+        }
+        console.print(found)
+        with results() as content:
+            others = [
+                each
+                for each in content.get("tuning", [])
+                if (each["split"], each["learning_rate"]) != (found["split"], found["learning_rate"])
+            ]
+            content["tuning"] = [*others, found]
+
+
+def main() -> None:
+    """Measures, prints the tables, writes the JSON and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=None, help="default: all")
+    parser.add_argument("--split", choices=list(TARGETS), default="iid")
+    parser.add_argument("--participation", type=float, default=0.1, choices=(0.1, 1.0), help="share of sites a round")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(range(NUM_SEEDS)))
+    parser.add_argument("--rounds", type=int, default=None, help="default: iid 40, shards 100, all sites 12")
+    parser.add_argument("--quick", action="store_true", help="raw and auto, one seed, 5 rounds; nothing is kept")
+    parser.add_argument("--tune", action="store_true", help="the learning rates, on held-out training images")
+    parser.add_argument("--show", action="store_true", help="only the tables and the plot of what was measured")
+    parser.add_argument("--data", type=Path, default=None, help="folder that holds mnist")
+    parser.add_argument("--folder", default=None, help="where to keep files while measuring; default: temporary")
+    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    data = arguments.data or Path(os.environ.get("FEDSTREAM_DATA", ROOT.parent / "shared" / "data"))
+    source = data / "mnist"
+    if arguments.case:
+        run = measure(Case(**json.loads(arguments.case[0])), source, Path(arguments.case[1]))
+        print(json.dumps(asdict(run)), flush=True)
+        os._exit(0)  # a hundred channels take their time to unload
+    console = Console(width=160)
+    split, participation = arguments.split, arguments.participation
+    default_rounds = 12 if participation == 1.0 else 40 if split == "iid" else 100
+    if arguments.tune:
+        tune(split, arguments.rounds or 20, source, arguments.folder, console)
+        return
+    if not arguments.show:
+        rounds = 5 if arguments.quick else arguments.rounds or default_rounds
+        default_rows = MAIN_ROWS if arguments.quick or participation == 1.0 else tuple(ROWS)
+        for seed in arguments.seeds[: 1 if arguments.quick else None]:
+            for row in arguments.rows or default_rows:
+                case = Case(row, split, participation, seed, rounds, LEARNING_RATES[split])
+                run = measure_apart(case, source, arguments.folder)
+                console.print(_line(run))
+                if not arguments.quick:
+                    keep(run)
+    if arguments.quick:
+        return
+    for table in tables(keep(None)):
+        console.print(table)
+    with results() as content:
+        runs = [Run(**each) for each in content.get("runs", [])]
+        found = content.get("aims", [])
+    if runs:
+        draw(runs, IMAGE)
+    for aim in found:
+        value = "not measured" if aim["value"] is None else f"{aim['value']:.3f} {aim['unit']}"
+        word = "most" if aim["direction"] == "max" else "least"
+        console.print(f"{aim['what']}: {value} (aim: at {word} {aim['aim']:g})")
+
+
+def _line(run: Run) -> str:
+    target = TARGETS[run.split][0]
+    return (
+        f"{run.row}, {run.split}, {run.participation:.0%}, seed {run.seed}, {run.rounds} rounds: up "
+        f"{run.bits(sum(run.up_bytes)):.3f}, down {run.bits(sum(run.down_bytes)):.3f}, total {run.total():.3f} b/p "
+        f"(after round 1: {run.total(1):.3f}); {target:.0%} in {run.rounds_to(target)} rounds; final "
+        f"{run.final_accuracy:.4f}; error {run.error:.3g}, gain {run.gain:.3f}; {run.seconds_per_round} s a round"
+    )
+
+
+if __name__ == "__main__":
+    main()
