@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fed_core.codecs.auto import AutoConfig
+from fed_core.codecs.registry import EncodingConfig
 from fed_core.plan import OptimizerPlan, TrainingPlan
 from fed_server.aggregation.grid import GridPolicy, grid_policy
 from fed_server.config import EpochsConfig, RunConfig
@@ -31,6 +33,13 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord) -> TrainingPl
         overridable=training.overridable,
         num_threads=training.num_threads,
     )
+
+
+def uplink_encoding(config: RunConfig) -> EncodingConfig:
+    """How the clients of a round encode their updates: as the config says, with an eye on how many there are."""
+    if isinstance(config.uplink, AutoConfig):
+        return config.uplink.for_cohort(config.cohort.size)
+    return config.uplink
 
 
 def run_grid_policy(config: RunConfig) -> GridPolicy:

@@ -9,6 +9,7 @@ from typing import Any
 from fed_core.errors import ConflictError, InvalidError, UnauthenticatedError
 from fed_server.clock import Clock
 from fed_server.rounds.coordinator import Coordinator
+from fed_server.rounds.policy import uplink_encoding
 from fed_server.rounds.workers import Workers
 from fed_server.services.convert import (
     ASSIGNMENT_KINDS,
@@ -138,7 +139,7 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             ),
             plan=run.plan(assignment).to_proto(),
             deadline_seconds=max(0.0, run.deadline_seconds()),
-            uplink=run.config.uplink.model_dump_json() if assignment.kind is AssignmentKind.TRAIN else "",
+            uplink=uplink_encoding(run.config).model_dump_json() if assignment.kind is AssignmentKind.TRAIN else "",
         )
 
     async def ReportProgress(
