@@ -449,7 +449,8 @@ class FsqAnalysis:
             starts, length = np.zeros(1, np.int64), self._num_coordinates
         else:
             starts, length = self._piece_starts(), _PIECE
-        values = np.concatenate([self._tile(start, length).numpy() for start in starts.tolist()]).astype(np.float64)
+        # Copies: a tile is good until the next one only.
+        values = np.concatenate([self._tile(start, length).numpy().astype(np.float64) for start in starts.tolist()])
         rows, columns = np.divmod((starts[:, None] + np.arange(length)).reshape(-1), self._num_columns)
         weights = np.ones(len(values))
         if len(values) < self._num_coordinates:
@@ -521,7 +522,7 @@ class FsqAnalysis:
         return _Design(scales, roundings, Cost(bits + _HEAD_BITS + _BODY_BITS * self._num_bodies, error))
 
     def _shifts(self, moments: Moments) -> NDArray[np.int64]:
-        return np.zeros(moments.counts.shape, np.int64) if self._lattice else moments.shifts()
+        return np.zeros((len(moments.counts), 3), np.int64) if self._lattice else moments.shifts()
 
     def _scheme(self, step: float, active: NDArray[np.intp], m: Floats, by_row: bool, by_column: bool) -> _Scheme:
         """The scales of rows or columns or both or none, of which groups are made for the magnitudes m of the active part of the
