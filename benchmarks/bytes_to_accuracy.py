@@ -1,4 +1,4 @@
-"""Bytes to accuracy: federated averaging on MNIST with the real coordinator and the real client code, everything on the line counted.
+"""Bytes to accuracy: federated averaging on MNIST with the real coordinator and the real client code, all bytes counted.
 
     python -m benchmarks.bytes_to_accuracy [--rows auto ...] [--split iid] [--participation 0.1] [--seeds 0 1 2] [--rounds 40]
     python -m benchmarks.bytes_to_accuracy --quick
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
