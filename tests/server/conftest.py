@@ -28,6 +28,13 @@ deadline_seconds = {deadline}
 [evaluation]
 at = "{at}"
 """
+# Updates and versions as they are, for tests that look at their values.
+EXACT = """
+[uplink]
+kind = "raw"
+[downlink]
+kind = "raw"
+"""
 
 
 def config(
@@ -38,8 +45,12 @@ def config(
     deadline: float = 60,
     at: str = "none",
     extra: str = "",
+    *,
+    is_exact: bool = True,
 ) -> str:
-    return CONFIG.format(name=name, size=size, quorum=quorum, max_rounds=max_rounds, deadline=deadline, at=at) + extra
+    """A run config; with `is_exact` off it compresses as runs do by default."""
+    text = CONFIG.format(name=name, size=size, quorum=quorum, max_rounds=max_rounds, deadline=deadline, at=at)
+    return text + (EXACT if is_exact else "") + extra
 
 
 @dataclass

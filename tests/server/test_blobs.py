@@ -35,7 +35,7 @@ def write(path: Path, content: bytes = b"x") -> Path:
 def test_a_new_directory_is_private_and_says_its_format(tmp_path: Path) -> None:
     with DataDirectory(tmp_path / "some" / "data") as data:
         assert stat.S_IMODE(data.root.stat().st_mode) == 0o700
-        assert (data.root / "format").read_text() == "fedstream-data 1\n"
+        assert (data.root / "format").read_text() == "fedstream-data 2\n"
         assert (data.root / "lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -64,8 +64,8 @@ def test_one_whose_making_was_interrupted_is_completed(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused_by_both_names_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "format").write_text("fedstream-data 2\n")
-    with pytest.raises(ConfigError, match=r"'fedstream-data 2'.*'fedstream-data 1'.*--data-dir"):
+    (tmp_path / "format").write_text("fedstream-data 1\n")
+    with pytest.raises(ConfigError, match=r"'fedstream-data 1'.*'fedstream-data 2'.*--data-dir"):
         DataDirectory(tmp_path)
     assert os.listdir(tmp_path) == ["format"]
 
@@ -115,7 +115,8 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "-flag", "a.b", "a\0", "a\n", "x" * 101])
 def test_an_id_that_could_lead_elsewhere_is_refused(data: DataDirectory, name: str) -> None:
-    for place in (data.upload_path, data.update_path, data.payload_path, lambda run_id: data.model_path(run_id, 0)):
+    of_runs = (lambda run_id: data.model_path(run_id, 0), lambda run_id: data.master_path(run_id, 0))
+    for place in (data.upload_path, data.update_path, data.payload_path, *of_runs):
         with pytest.raises(InvalidError, match="is not an id"):
             place(name)
 
@@ -126,6 +127,7 @@ def test_every_kind_of_file_has_its_place(data: DataDirectory) -> None:
         data.upload_path("a1"),
         data.update_path("a1"),
         data.model_path("r1", 3),
+        data.master_path("r1", 3),
         data.payload_path("ab" * 32),
     ]
     assert [str(place.relative_to(data.root)) for place in places] == [
@@ -133,6 +135,7 @@ def test_every_kind_of_file_has_its_place(data: DataDirectory) -> None:
         "uploads/a1.part",
         "updates/a1.update",
         "models/r1/3.safetensors",
+        "masters/r1/3.safetensors",
         f"payloads/{'ab' * 32}.payload",
     ]
 
@@ -205,6 +208,7 @@ def test_a_sweep_deletes_what_nobody_needs_and_nothing_else(data: DataDirectory)
         data.upload_path("p1"),
         data.payload_path("aa"),
         data.model_path("r1", 1),
+        data.master_path("r1", 2),
     ]
     dead = [
         data.update_path("u2"),
@@ -212,26 +216,29 @@ def test_a_sweep_deletes_what_nobody_needs_and_nothing_else(data: DataDirectory)
         data.payload_path("bb"),
         data.model_path("r1", 0),
         data.model_path("r2", 0),
+        data.master_path("r1", 1),
+        data.master_path("r2", 0),
     ]
     foreign = [data.root / "join-token", data.root / "updates" / "README", data.database_path]
     for path in (*live, *dead, *foreign):
         write(path)
-    assert sorted(data.sweep({"u1"}, {"p1"}, {"aa"}, {("r1", 1)})) == sorted(dead)
+    assert sorted(data.sweep({"u1"}, {"p1"}, {"aa"}, {("r1", 1)}, {("r1", 2)})) == sorted(dead)
     assert all(path.exists() for path in (*live, *foreign))
     assert not any(path.exists() for path in dead)
     assert not data.model_path("r2", 0).parent.exists()
+    assert not data.master_path("r2", 0).parent.exists()
 
 
 def test_an_update_stays_while_its_upload_is_live(data: DataDirectory) -> None:
     write(data.update_path("a1"))
-    assert data.sweep((), {"a1"}, (), ()) == []
+    assert data.sweep((), {"a1"}, (), (), ()) == []
 
 
 def test_a_file_that_came_after_the_listing_stays(data: DataDirectory) -> None:
     old = write(data.upload_path("old"))
     listed = data.listing()
     new = write(data.upload_path("new"))
-    assert data.sweep((), (), (), (), listed) == [old]
+    assert data.sweep((), (), (), (), (), listed) == [old]
     assert new.exists()
 
 
@@ -239,7 +246,7 @@ def test_a_sweep_leaves_the_unfinished_files_of_this_daemon_and_deletes_those_of
     with DataDirectory(tmp_path) as data:
         temporary = data.temporary(data.model_path("r1", 0))
         temporary.touch()
-        assert data.sweep((), (), (), ()) == []
+        assert data.sweep((), (), (), (), ()) == []
     with DataDirectory(tmp_path) as data:
-        assert data.sweep((), (), (), ()) == [temporary]
+        assert data.sweep((), (), (), (), ()) == [temporary]
         assert not temporary.parent.exists()

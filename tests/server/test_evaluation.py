@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from fed_core.batches import evaluate
-from fed_core.payload.writer import write_payload
+from fed_core.safetensors_tiles import SafetensorsWriter
 from fed_core.tensors import model_specs, model_tensors
 from fed_core.workload import initial_model, load_workload
 from fed_server.evaluation.evaluator import EvaluationError, Evaluator
-from fedstream.v1 import common_pb2
 
 pytestmark = pytest.mark.xdist_group("evaluation")  # they share a process that takes seconds to start
 
@@ -61,19 +60,13 @@ def evaluator(folder: Path) -> Iterator[Evaluator]:
 
 
 def model_file(folder: Path, model: torch.nn.Module) -> Path:
-    path = folder / "model.payload"
+    path = folder / "model.safetensors"
     values = model_tensors(model)
-    with path.open("wb") as file:
-        write_payload(
-            file,
-            kind=common_pb2.PAYLOAD_KIND_MODEL,
-            run_id="r",
-            round=0,
-            model_version=1,
-            base_digest=b"",
-            update=None,
-            tensors=[(spec, values[spec.name]) for spec in model_specs(model)],
-        )
+    with path.open("wb+") as file:
+        writer = SafetensorsWriter(file, model_specs(model), {})
+        for name, tensor in values.items():
+            writer.write_tile(name, 0, tensor.reshape(-1))
+        writer.finish()
     return path
 
 

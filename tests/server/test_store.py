@@ -26,6 +26,7 @@ from fed_server.store.base import (
     AssignmentKind,
     AssignmentRecord,
     AssignmentState,
+    BroadcastRecord,
     ClientRecord,
     ModelRecord,
     Record,
@@ -119,6 +120,10 @@ ASSIGNMENT = AssignmentRecord(
     uplink_raw_bytes=4,
     uplink_payload_bytes=5,
     uplink_wire_bytes=6,
+    error=0.05,
+    gain=0.96,
+    codecs={"lrq": 2, "raw": 1},
+    has_diverged=True,
 )
 MODEL = ModelRecord(
     run_id="r1",
@@ -134,9 +139,21 @@ MODEL = ModelRecord(
     num_examples=300,
     is_available=False,
     metrics={"accuracy": 0.75},
+    error=1.25,
+    gain=0.5,
+    codecs={"fsq": 3},
+)
+BROADCAST = BroadcastRecord(
+    run_id="r1",
+    version=1,
+    base_version=-1,
+    digest="dd",
+    num_bytes=12,
+    created_time=16.0,
+    is_available=False,
 )
 # Parents first.
-RECORDS: list[Record] = [CLIENT, RUN, ROUND, ASSIGNMENT, MODEL]
+RECORDS: list[Record] = [CLIENT, RUN, ROUND, ASSIGNMENT, MODEL, BROADCAST]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
@@ -185,12 +202,13 @@ def test_records_come_back_as_they_were_put(store: Store) -> None:
         assert tx.run("r1") == tx.run_by_name("digits") == tx.run_by_request("q1") == RUN
         assert tx.round("r1", 1) == ROUND
         assert tx.assignment("a1") == ASSIGNMENT
-        assert tx.model("r1", 1) == tx.model_by_payload("ff") == MODEL
+        assert tx.model("r1", 1) == MODEL
         assert tx.clients() == [CLIENT]
         assert tx.runs() == [RUN]
         assert tx.rounds("r1") == [ROUND]
         assert tx.assignments("r1") == tx.assignments("r1", 1) == tx.open_assignments() == [ASSIGNMENT]
         assert tx.models("r1") == [MODEL]
+        assert tx.broadcasts("r1") == [BROADCAST]
 
 
 def test_states_come_back_as_members_and_absent_values_as_none(store: Store) -> None:
@@ -222,9 +240,8 @@ def test_readers_that_find_nothing_say_so(store: Store) -> None:
         assert tx.round("r1", 1) is None
         assert tx.assignment("a1") is None
         assert tx.model("r1", 1) is None
-        assert tx.model_by_payload("ff") is None
-        for found in (tx.clients(), tx.runs(), tx.rounds("r1"), tx.assignments("r1"), tx.models("r1")):
-            assert found == []
+        assert tx.clients() == tx.runs() == tx.rounds("r1") == tx.models("r1") == tx.broadcasts("r1") == []
+        assert tx.assignments("r1") == []
         assert tx.assignments("r1", 1) == tx.open_assignments() == tx.open_assignments("c1") == []
 
 
@@ -236,12 +253,12 @@ def test_put_replaces_the_record_with_its_key(store: Store) -> None:
         replace(ROUND, state=RoundState.COMMITTED, grid={}),
         replace(ASSIGNMENT, state=AssignmentState.RECEIVED),
         replace(MODEL, is_available=True),
+        replace(BROADCAST, is_available=True),
     ]
     put(store, *changed)
     with store.transaction() as tx:
-        assert [tx.clients(), tx.runs(), tx.rounds("r1"), tx.assignments("r1"), tx.models("r1")] == [
-            [r] for r in changed
-        ]
+        of_run = [tx.rounds("r1"), tx.assignments("r1"), tx.models("r1"), tx.broadcasts("r1")]
+        assert [tx.clients(), tx.runs(), *of_run] == [[record] for record in changed]
 
 
 def test_a_transaction_reads_its_own_writes(store: Store) -> None:
@@ -319,6 +336,8 @@ def test_lists_come_in_their_order(store: Store) -> None:
         *(replace(ROUND, round=number) for number in (10, 9, 1)),
         *(replace(MODEL, version=version) for version in (10, 9, 0)),
         replace(MODEL, run_id="late", version=0),
+        *(replace(BROADCAST, version=version, base_version=base) for version, base in ((10, 9), (9, 0), (10, -1))),
+        replace(BROADCAST, run_id="late", version=0),
     )
     with store.transaction() as tx:
         assert [client.name for client in tx.clients()] == ["a", "b", "z"]
@@ -326,7 +345,7 @@ def test_lists_come_in_their_order(store: Store) -> None:
         assert [run.run_id for run in tx.runs(RunState.ACTIVE)] == ["r1", "late"]
         assert [record.round for record in tx.rounds("r1")] == [1, 9, 10]
         assert [model.version for model in tx.models("r1")] == [0, 9, 10]
-        assert tx.model_by_payload("ff") is not None
+        assert [(b.version, b.base_version) for b in tx.broadcasts("r1")] == [(9, 0), (10, -1), (10, 9)]
 
 
 def test_assignments_are_found_by_round_and_open_ones_by_client(store: Store) -> None:
@@ -403,7 +422,7 @@ def test_a_database_of_a_newer_fedstream_is_refused_with_the_cure(database: Path
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
-    with pytest.raises(ConfigError, match=r"newer fedstream \(schema 9999, .* up to 0001\): install that version"):
+    with pytest.raises(ConfigError, match=r"newer fedstream \(schema 9999, .* up to 0002\): install that version"):
         SqlStore(f"sqlite:///{database}")
 
 
