@@ -40,12 +40,13 @@ _SMALL_BLOCK = 256
 _SMALL_SHARE = 0.25
 _SCAN_COORDINATES = 2**18
 
-# A search ends this near below its limit, or when it has narrowed the argument down to this factor.
-_NEAR = 0.02
+# A search ends when it has narrowed its argument down to this factor.
 _NARROW = 1.003
 _FIRST_FACTOR = 2.0
 _LAST_FACTOR = 2.0**16
-_WIDEST = 2.0**60
+# Up there nothing is left of a tensor; down there it is raw, from wherever the search began.
+_FURTHEST_UP = 2.0**30
+_FURTHEST_DOWN = 2.0**100
 
 
 class StepTooFineError(ValueError):
@@ -143,22 +144,28 @@ class _Ways:
             analyses += analyze(spec, source)
         return cls(analyses, spec.num_elements, energy, aim.max_tensor_error * energy)
 
-    def cost(self, step: float) -> Cost:
-        """The cost of the best way at the step, or at the largest that leaves enough of the tensor."""
-        cost = self._ranking(min(step, self._largest_step))[0][0]
-        if cost.squared_error > self._max_error:
-            self._largest_step = solve_rising(
-                lambda smaller: self._ranking(smaller)[0][0].squared_error,
-                self._max_error,
-                min(step, self._largest_step),
+    def error(self, step: float) -> float:
+        """The error at the step, or at the largest that leaves enough of the tensor: that one need not be known for it."""
+        if step > self._largest_step:
+            return self._max_error
+        return min(self._ranking(step)[0][0].squared_error, self._max_error)
+
+    def bits(self, step: float) -> float:
+        """The bits at the step, or at the largest that leaves enough of the tensor."""
+        return self._ranking(self._bounded(step))[0][0].bits
+
+    def _bounded(self, step: float) -> float:
+        """The step, or the largest that leaves enough of the tensor."""
+        step = min(step, self._largest_step)
+        if self._ranking(step)[0][0].squared_error > self._max_error:
+            step = self._largest_step = solve_rising(
+                lambda smaller: self._ranking(smaller)[0][0].squared_error, self._max_error, step, near=0.1
             )
-            cost = self._ranking(self._largest_step)[0][0]
-        return cost
+        return step
 
     def plan(self, step: float) -> TensorPlan:
         """The plan of the best way of which one can be made."""
-        self.cost(step)
-        step = min(step, self._largest_step)
+        step = self._bounded(step)
         for _, analysis in self._ranking(step):
             try:
                 return analysis.plan(step)
@@ -212,28 +219,21 @@ def _common_step(ways: Sequence[_Ways], aim: Aim) -> float:
     if not energy:
         return 1.0
 
-    def error(step: float) -> float:
-        return sum(each.cost(step).squared_error for each in ways)
-
-    def bits(step: float) -> float:
-        return sum(each.cost(step).bits for each in ways)
-
     # Where a low-rank code leaves much of the tensor unsaid, the step is several times that of a plain quantizer of that error.
-    step = solve_rising(
-        error, aim.target_error * energy, 3 * math.sqrt(12 * aim.target_error * energy / num_coordinates)
-    )
+    start = 3 * math.sqrt(12 * aim.target_error * energy / num_coordinates)
+    step = solve_rising(lambda step: sum(each.error(step) for each in ways), aim.target_error * energy, start)
     if aim.max_bits_per_parameter is not None:
         budget = aim.max_bits_per_parameter * num_coordinates
-        if bits(step) > budget:
-            step = 1 / solve_rising(lambda inverse: bits(1 / inverse), budget, 1 / step)
+        if sum(each.bits(step) for each in ways) > budget:
+            step = 1 / solve_rising(lambda inverse: sum(each.bits(1 / inverse) for each in ways), budget, 1 / step)
     return step
 
 
-def solve_rising(value: Callable[[float], float], limit: float, start: float) -> float:
-    """A positive argument at which a rising function is at most the limit: within 2 % of it, or just before it jumps over it.
+def solve_rising(value: Callable[[float], float], limit: float, start: float, *, near: float = 0.02) -> float:
+    """A positive argument at which a rising function is at most the limit: within a share of it, or just before it jumps over it.
 
     Brackets from `start` outwards, then takes false positions between logarithms. Where the function never crosses the limit: an
-    argument 2^60 times as large as `start`, or as small.
+    argument far beyond, 2^30 times as large as `start` at most or 2^100 times as small.
     """
 
     def excess(argument: float) -> float:
@@ -242,27 +242,27 @@ def solve_rising(value: Callable[[float], float], limit: float, start: float) ->
             return math.log(found / limit)
         return math.inf if found > limit else -math.inf
 
-    near, near_excess = start, excess(start)
-    is_below = near_excess <= 0
-    if -_NEAR <= near_excess <= 0:
+    here, here_excess = start, excess(start)
+    is_below = here_excess <= 0
+    if -near <= here_excess <= 0:
         return start
-    far, far_excess, factor = near, near_excess, _FIRST_FACTOR
+    far, far_excess, factor = here, here_excess, _FIRST_FACTOR
     while (far_excess <= 0) == is_below:
-        near, near_excess = far, far_excess
+        here, here_excess = far, far_excess
         far, factor = (far * factor if is_below else far / factor), min(factor**2, _LAST_FACTOR)
-        if not start / _WIDEST < far < start * _WIDEST:
-            return near
+        if not start / _FURTHEST_DOWN < far < start * _FURTHEST_UP:
+            return here
         far_excess = excess(far)
-    low, below, high, above = (near, near_excess, far, far_excess) if is_below else (far, far_excess, near, near_excess)
-    while below < -_NEAR and high > _NARROW * low:
+    low, below, high, above = (here, here_excess, far, far_excess) if is_below else (far, far_excess, here, here_excess)
+    while below < -near and high > _NARROW * low:
         # Aims at the middle of what is near enough; never at the ends of the bracket, for the function may have steps.
-        share = (below + _NEAR / 2) / (below - above) if math.isfinite(below - above) else 0.5
+        share = (below + near / 2) / (below - above) if math.isfinite(below - above) else 0.5
         middle = low * (high / low) ** min(max(share, 0.1), 0.9)
         found = excess(middle)
         if found <= 0:
             low, below, above = middle, found, above / 2
         else:
-            high, above, below = middle, found, min(below / 2, -2 * _NEAR)
+            high, above, below = middle, found, min(below / 2, -2 * near)
     return low
 
 
