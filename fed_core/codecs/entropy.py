@@ -324,8 +324,8 @@ def write_table(table: FrequencyTable) -> bytes:
     return header + bits.finish()
 
 
-def read_table(reader: ByteReader) -> FrequencyTable:
-    """Raises PayloadError on anything but a table. Memory is bounded by the 2^16 symbols that a table can have."""
+def read_table(reader: ByteReader, max_symbols: int = 2**16) -> FrequencyTable:
+    """Raises PayloadError on anything but a table over at most so many symbols. Takes about a microsecond a symbol."""
     shape = reader.u8()
     if shape == _SINGLE:
         return _checked_table(reader.svarint(), np.array([TABLE_SUM]))
@@ -340,6 +340,8 @@ def read_table(reader: ByteReader) -> FrequencyTable:
         num_entries = size - 1
     if peak >= size or not LOWEST_SYMBOL <= lowest <= lowest + size - 1 <= HIGHEST_SYMBOL:
         raise PayloadError(f"a frequency table of {size} symbols from {lowest} on; all must lie within int16")
+    if size > max_symbols:
+        raise PayloadError(f"a frequency table of {size} symbols; expected at most {max_symbols}")
     entries = _read_entries(_BitReader(reader), num_entries, num_bits)
     rest = TABLE_SUM - int(entries.sum()) * (2 if mirrored else 1)
     if mirrored:

@@ -156,7 +156,7 @@ def _read_head(reader: ByteReader, num_rows: int, num_columns: int) -> _Head | N
         scales = _read_scales(reader, flags, num_rows, num_columns)
     tables, shifts = [], np.zeros((scales.num_groups, 3), np.int64)
     for group in range(scales.num_groups):
-        tables.append(read_table(reader))
+        tables.append(read_table(reader, 2 * MAX_TOKEN + 1))
         max_magnitude(tables[-1])
         if flags & _SHIFTS and not _is_zero(tables[-1]):
             packed = int.from_bytes(reader.take(2), "little")
@@ -175,9 +175,7 @@ def _read_scales(reader: ByteReader, flags: int, num_rows: int, num_columns: int
     lengths = [length for flag, length in ((_ROWS, num_rows), (_COLUMNS, num_columns)) if flags & flag]
     if max(lengths) > _MAX_LEVELS:
         raise PayloadError(f"the codec 'fsq' has {max(lengths)} scales; expected at most {_MAX_LEVELS}")
-    tables = [read_table(reader) for _ in lengths]
-    if max(len(table.frequencies) for table in tables) > _MAX_DISTINCT:
-        raise PayloadError(f"the codec 'fsq' has scales over more than {_MAX_DISTINCT} levels")
+    tables = [read_table(reader, _MAX_DISTINCT) for _ in lengths]
     levels = iter(decode_symbols(reader.take(reader.varint()), list(zip(lengths, tables, strict=True))))
     rows = next(levels) if flags & _ROWS else None
     columns = next(levels) if flags & _COLUMNS else None

@@ -123,6 +123,12 @@ def test_a_table_of_all_symbols_exists() -> None:
     assert np.array_equal(read_table(ByteReader(write_table(table))).frequencies, table.frequencies)
 
 
+def test_a_table_that_is_too_long_is_refused_before_it_is_read() -> None:
+    data = write_table(FrequencyTable.from_counts(-(2**15), np.ones(2**16)))
+    with pytest.raises(PayloadError, match="65536 symbols; expected at most 256"):
+        read_table(ByteReader(data[:12]), 256)
+
+
 def test_a_table_is_close_to_the_entropy_and_small() -> None:
     for scale in (0.1, 1.0, 20.0):
         table, symbols = laplace_table(scale)
