@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 import typer
 
 from fed_core.errors import ConfigError, FedstreamError, NotFoundError
+from fed_server.cli.codec import codec_app
+from fed_server.cli.console import stderr as _stderr
+from fed_server.cli.console import stdout as _stdout
 from fed_server.cli.exit_codes import (
     EXIT_CODES,
     EXIT_FILE,
@@ -31,7 +34,7 @@ from fed_server.cli.exit_codes import (
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from fed_server.cli.connection import Connection
     from fed_server.config import RunConfig
@@ -61,6 +64,7 @@ app.add_typer(run_app, name="run")
 app.add_typer(client_app, name="client")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
+app.add_typer(codec_app, name="codec")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name or id of the run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, with the field names of the contract.")]
@@ -492,23 +496,6 @@ def _parse(path: Path, text: str) -> RunConfig:
 
 
 # Printing
-
-
-def _stdout() -> Console:
-    return _console(stderr=False)
-
-
-def _stderr() -> Console:
-    return _console(stderr=True)
-
-
-def _console(*, stderr: bool) -> Console:
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    # rich takes 80 columns where there is no terminal; a log or a pager has room for a whole table.
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 120
-    return Console(stderr=stderr, width=width, highlight=False)
 
 
 def _print(response: Message, as_json: bool, renderable: Callable[[], RenderableType]) -> None:
