@@ -51,7 +51,7 @@ SITES_WORKLOAD: Final = f"{Path(__file__).parent / 'two_layers.py'}:WrittenOutTw
 NUM_SITES: Final = 100
 NUM_HELD_OUT: Final = 5000
 GRID: Final = (0.05, 0.1, 0.2)
-LEARNING_RATES: Final = {"iid": 0.1, "shards": 0.05}
+LEARNING_RATES: Final = {"iid": 0.2, "shards": 0.2}
 """The best of the grid for `raw`, on held-out training images (--tune)."""
 TARGETS: Final = {"iid": (0.97,), "shards": (0.9, 0.97)}
 NUM_FINAL: Final = 10
@@ -136,6 +136,7 @@ class Run:
     num_failed: int
     warnings: dict[str, int]
     seconds_per_round: float
+    job_seconds: dict[str, float]
     config: str
     commit: str = ""
 
@@ -270,6 +271,8 @@ def measure(case: Case, source: Path, folder: Path) -> Run:
 
 
 def _run_of(case: Case, report: Any, sockets: tuple[int | None, int | None], journal: Any, seconds: float) -> Run:
+    from benchmarks.simulated_sites import JOB_SECONDS
+
     versions = [model for model in report.models if model.version > 0]
     clients = [client for each in report.rounds for client in each.clients]
     fidelities = [client.fidelity for client in clients if client.HasField("fidelity")]
@@ -300,6 +303,7 @@ def _run_of(case: Case, report: Any, sockets: tuple[int | None, int | None], jou
         num_failed=sum(client.reason != "" for client in clients),
         warnings=dict(journal.warnings),
         seconds_per_round=round(seconds / len(versions), 2),
+        job_seconds={job: round(seconds, 2) for job, seconds in sorted(JOB_SECONDS.items())},
         config=case.config(),
         commit=_commit(),
     )

@@ -28,6 +28,8 @@ from fed_core.child_process import Json, OnProgress
 from fed_core.workload import Site
 
 _JOBS = threading.Lock()
+JOB_SECONDS: Counter[str] = Counter()
+"""Processor seconds of all jobs so far, by what they did."""
 # As often as a trainer process reports.
 _PROGRESS_SECONDS = 0.25
 
@@ -47,12 +49,15 @@ class LocalTrainer(Trainer):
 
     def _call(self, request: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
         with _JOBS:
+            began = time.thread_time()
             try:
                 answer: Json = json.loads(
                     json.dumps(self._jobs.answer(json.loads(json.dumps(request)), _throttled(on_progress)))
                 )
             except Exception as error:
                 raise WorkloadError(kind_of(error), str(error), traceback.format_exc()) from error
+            finally:
+                JOB_SECONDS[request["do"]] += time.thread_time() - began
             return answer
 
 
@@ -85,7 +90,6 @@ class Journal:
         self.warnings: Counter[str] = Counter()
         self.fetches: Counter[int] = Counter()
         """Assignments by the number of payloads that the coordinator named for their model."""
-        self.training_seconds = 0.0
         self._lock = threading.Lock()
 
     def configure(self) -> None:
@@ -103,8 +107,6 @@ class Journal:
                 print(f"site: {dict(event)}", flush=True)
             elif event.get("event") == "assignment taken":
                 self.fetches[int(event["fetches"])] += 1
-            elif event.get("event") == "trained":
-                self.training_seconds += float(event["seconds"])
         raise structlog.DropEvent
 
 
