@@ -159,7 +159,7 @@ class _Ways:
         step = min(step, self._largest_step)
         if self._ranking(step)[0][0].squared_error > self._max_error:
             step = self._largest_step = solve_rising(
-                lambda smaller: self._ranking(smaller)[0][0].squared_error, self._max_error, step, near=0.1
+                lambda smaller: self._ranking(smaller)[0][0].squared_error, self._max_error, step, near=0.05
             )
         return step
 
@@ -249,9 +249,10 @@ def solve_rising(value: Callable[[float], float], limit: float, start: float, *,
     far, far_excess, factor = here, here_excess, _FIRST_FACTOR
     while (far_excess <= 0) == is_below:
         here, here_excess = far, far_excess
-        far, factor = (far * factor if is_below else far / factor), min(factor**2, _LAST_FACTOR)
-        if not start / _FURTHEST_DOWN < far < start * _FURTHEST_UP:
+        far = min(far * factor, start * _FURTHEST_UP) if is_below else max(far / factor, start / _FURTHEST_DOWN)
+        if far == here:
             return here
+        factor = min(factor**2, _LAST_FACTOR)
         far_excess = excess(far)
     low, below, high, above = (here, here_excess, far, far_excess) if is_below else (far, far_excess, here, here_excess)
     while below < -near and high > _NARROW * low:

@@ -244,11 +244,11 @@ def test_water_is_filled_to_one_level(layers: list[tuple[int, float]], target_er
     energy = sum(curve.num_coordinates * curve.variance for curve in curves)
     assert len(costs) == len(curves)
     assert sum(cost.squared_error for cost in costs) <= target_error * energy * (1 + 1e-6)
-    assert sum(cost.squared_error for cost in costs) >= 0.95 * target_error * energy
+    assert sum(cost.squared_error for cost in costs) >= 0.92 * target_error * energy
     level = max(step for step in steps if step is not None)
     for curve, step in zip(curves, steps, strict=True):
         # Under the common level, or where the limit of each tensor binds.
-        assert step == level or step**2 / 12 == pytest.approx(0.95 * 0.999 * curve.variance, rel=0.06)
+        assert step == level or step**2 / 12 == pytest.approx(0.975 * curve.variance, rel=0.04)
 
 
 def test_lambda_is_the_slope_of_the_curve() -> None:
