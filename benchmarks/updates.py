@@ -2,10 +2,10 @@
 
     python -m benchmarks.updates [--data DIR]
 
-Federated averaging without compression, with the project's own workloads and training loop: 10 sites a round, E = 5, B = 10. In
-three rounds (1 early, 6 middle, 15 late) the updates are kept: of 10 sites, and in the middle of the 2NN's runs of all 100. Where a
-model is slow to train, the rounds between those have half the sites and one epoch. Nothing but the seed decides what comes out, on
-one machine.
+Federated averaging without compression, with the project's own workloads and training loop: 10 sites a round, E = 5 unless the name
+says otherwise, B = 10. In three rounds (1 early, 6 middle, 15 late) the updates are kept: of 10 sites, and in the middle of the
+2NN's runs of all 100. Where a model is slow to train, the rounds between those have half the sites and one epoch. Nothing but the
+seed decides what comes out, on one machine.
 
 DIR (default: FEDSTREAM_DATA, else ../shared/data beside the repository) holds `mnist` with the four IDX files, and `shakespeare`
 with tinyshakespeare.txt and speakers.npz (who says what; `examples/mnist/README.md` says how MNIST is divided).
@@ -170,6 +170,7 @@ class Scenario:
     workload: type[Workload]
     sites: Callable[[Path], Sites]
     learning_rate: float
+    epochs: int = 5
     is_slow: bool = False
     middle_sites: int = 10
     seed: int = 0
@@ -187,6 +188,7 @@ SCENARIOS: Final = {
         Scenario("2nn-shards", TwoNN, lambda data: MnistSites(data, "shards"), 0.05, middle_sites=100),
         Scenario("2nn-iid", TwoNN, lambda data: MnistSites(data, "iid"), 0.1, middle_sites=100),
         Scenario("conv-iid", ConvOnly, lambda data: MnistSites(data, "iid"), 0.1, is_slow=True),
+        Scenario("conv-iid-one-epoch", ConvOnly, lambda data: MnistSites(data, "iid"), 0.1, epochs=1, is_slow=True),
         Scenario("transformer", Characters, Roles, 0.3, is_slow=True),
     )
 }
@@ -245,7 +247,7 @@ def _make(scenario: Scenario, data: Path, on_message: Callable[[str], None]) -> 
                 model,
                 sites.examples_of(int(site)),
                 seed=1000 * round + int(site),
-                epochs=1 if is_short else 5,
+                epochs=1 if is_short else scenario.epochs,
             )
             for site in chosen
         ]
