@@ -88,6 +88,9 @@ _LEVELS_PER_OCTAVE: Final = ((120, 4), (25, 2))
 _HEAD_BITS: Final = 48
 _BODY_BITS: Final = 32
 
+# Counted at once: what a group costs besides its coordinates is then shared by more of them.
+_COUNTED_BODIES: Final = 4
+
 _SAMPLE: Final = 2**16
 _PIECE: Final = 2**7
 _GOLDEN: Final = (math.sqrt(5) - 1) / 2
@@ -308,9 +311,11 @@ class FsqAnalysis:
     reproductions are scaled so that <x, x'> = |x|^2; the error is then larger, and uncorrelated with x.
 
     The first call reads the tensor once for its statistics and keeps a sample of 2^16 coordinates; each plan reads it once more.
-    Memory: 8 bytes for each row and column besides. Raises PayloadError for types that the codec does not hold, and ValueError for
-    `lattice` with `match_gain`; `cost` and `plan` raise ValueError for a step that is not positive and finite, or in a lattice no
-    power of two, and StepTooFineError for one that is too small for the largest value.
+    Memory: 8 bytes for each row and column, and while planning some 20 bytes for each of 2^20 coordinates.
+
+    Raises PayloadError for types that the codec does not hold, and ValueError for `lattice` with `match_gain`; `cost` and `plan`
+    raise ValueError for a step that is not positive and finite, or in a lattice no power of two, and StepTooFineError for one that
+    is too small for the largest value.
     """
 
     def __init__(
@@ -361,8 +366,8 @@ class FsqAnalysis:
         scales, roundings, _ = design
         counts = np.zeros((scales.num_groups, 2 * MAX_TOKEN + 1))
         moments = Moments(scales.num_groups)
-        for first in range(0, self._num_coordinates, self._body):
-            tile = self._tile(first, min(self._body, self._num_coordinates - first))
+        for first in range(0, self._num_coordinates, _COUNTED_BODIES * self._body):
+            tile = self._tile(first, min(_COUNTED_BODIES * self._body, self._num_coordinates - first))
             for group, values in enumerate(scales.layout(first, len(tile)).split(tile)):
                 for block in torch.split(values, TILE):
                     t, m = round_values(block, step, roundings, group)

@@ -38,7 +38,7 @@ from fed_core.specs import TensorSpec
 from fed_core.tensors import dtype_name
 
 LOSSY = ("float32", "float16", "bfloat16", "float64")
-MAX_TILE = 2**18
+MAX_TILE = 2**20
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
