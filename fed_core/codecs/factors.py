@@ -102,6 +102,8 @@ def write_factors(factors: Ints, rows: int, fit: Fit, coder: Coder) -> bytes:
 def read_factors(reader: ByteReader, rank: int, rows: int, cols: int) -> Ints:
     """(rank, rows + cols) int32. Raises PayloadError. The caller has seen to it that this much memory may be taken."""
     factors = np.empty((rank, rows + cols), np.int32)
+    if not rank:  # then the matrix may be of any size
+        return factors
     activity = _Activity(rows, rows + cols)
     for first, end in groups(rank):
         group = factors[first:end]

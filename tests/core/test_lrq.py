@@ -314,6 +314,13 @@ def test_a_head_cannot_ask_for_more_than_its_share_of_memory() -> None:
         LrqCodec().decoder(spec, b"\0\x11\0" + bytes(17))
 
 
+def test_no_components_of_the_largest_matrix_take_no_memory() -> None:
+    decoder = LrqCodec().decoder(TensorSpec("w", (2**19, 2**19), "float32"), b"\0\0\0")
+    out = torch.ones(100)
+    decoder.decode(2**38 - 100, b"\0", out)
+    assert not out.any()
+
+
 @pytest.mark.parametrize("body", [b"", b"\1", b"\0\0", bytes(100)])
 def test_a_body_without_residual_is_a_zero_byte(body: bytes) -> None:
     decoder = LrqCodec().decoder(MATRIX, hostile_head([1], 0))
