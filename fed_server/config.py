@@ -14,7 +14,7 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -547,15 +547,18 @@ def union_members(field: FieldInfo) -> dict[str, type[Table]]:
 
 def describe_range(field: FieldInfo) -> str:
     """What a plain value may be, in words, such as "1 to 65536", "one of max, min", "more than 0"; empty for free text."""
-    annotation = _without_none(field.annotation)
+    annotation, metadata = _without_none(field.annotation), field.metadata
+    if get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        metadata = [*metadata, *more]
     if choices := get_args(annotation):
-        if all(isinstance(choice, str) for choice in choices):
-            return f"one of {', '.join(choices)}" if len(choices) > 1 else ""
+        if all(isinstance(choice, str | int) for choice in choices):
+            return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else ""
         inner = get_args(choices[0])
         if inner and all(isinstance(choice, str) for choice in inner):
             return f"any of {', '.join(inner)}"
         return ""
-    limits = {key: limit for item in field.metadata for key, limit in _limits(item)}
+    limits = {key: limit for item in metadata for key, limit in _limits(item)}
     if annotation not in (int, float):
         return ""
     low = _number(limits.get("ge", limits.get("gt", 0)))
@@ -634,7 +637,8 @@ def _explain(details: ErrorDetails) -> list[str]:
             f"{path}.kind: expected {_alternatives(union_members(field))}, got {_show(tag)}{_nearest(tag, union_members(field))}"
         ]
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        found = re.findall(r"'([^']*)'|(\d+)", str(context["expected"]))
+        choices = [int(number) if number else text for text, number in found]
         return [f"{path}: expected {_alternatives(choices)}, {got}{_nearest(details['input'], choices)}"]
     return [f"{path}: expected {_expected(details, field)}, {got}"]
 
@@ -720,13 +724,13 @@ def _expected(details: ErrorDetails, field: FieldInfo | None) -> str:
     return details["msg"][:1].lower() + details["msg"][1:]
 
 
-def _alternatives(choices: Sequence[str] | Mapping[str, object]) -> str:
-    quoted = [f'"{choice}"' for choice in choices]
+def _alternatives(choices: Sequence[str | int] | Mapping[str, object]) -> str:
+    quoted = [_value(choice) for choice in choices]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
-def _nearest(value: object, choices: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(str(value), list(choices), n=1)
+def _nearest(value: object, choices: Sequence[str | int] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,13 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fed_core.errors import ConfigError
 from fed_server.config import (
     MAX_CONFIG_BYTES,
-    ConfigTable,
+    Table,
     config_schema,
     describe_range,
     example_config,
@@ -49,7 +50,6 @@ cohort = { size = 7, min_clients = 6, quorum = 4, over_selection = 1.5, labels =
 schedule = { max_rounds = 3, deadline_seconds = 12.5, time_budget_seconds = 1e-05, max_failed_rounds = 2 }
 evaluation = { at = "both", every = 2, metric = "f1_score", direction = "min", deadline_seconds = 3, batch_size = 8 }
 stop = { target = -0.25, patience = 4, max_seconds = 1e7 }
-codec = { kind = "raw" }
 keep = { versions = 9 }
 
 [training]
@@ -84,6 +84,27 @@ optimizer = { kind = "adamw", learning_rate = 0.01, weight_decay = 0.1, epoch_de
 ]
 
 
+# Every encoding with every option set to something else than its default: an update's, and a delta's.
+ENCODINGS = [
+    '{ kind = "auto", target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", '
+    "max_bits_per_parameter = 0.5 }",
+    '{ kind = "raw" }',
+    '{ kind = "cast", to = "float16" }',
+    '{ kind = "uniform", bits = 3, block = 64, rounding = "stochastic" }',
+    '{ kind = "mask", values = "bfloat16" }',
+    '{ kind = "fsq", target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", contexts = false }',
+    '{ kind = "lrq", target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", max_rank = 3, '
+    "residual = false }",
+]
+EVERY_OPTION += [
+    f'{MINIMAL}uplink = {encoding}\ndownlink = {{ kind = "delta", encoding = {encoding} }}\n' for encoding in ENCODINGS
+]
+EVERY_OPTION += [
+    f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, first_error = 0.01 }}\n',
+    f'{MINIMAL}downlink = {{ kind = "raw" }}\n',
+]
+
+
 def test_the_example_is_a_config_with_every_default() -> None:
     assert parse_run_config(example_config()) == parse_run_config(MINIMAL)
 
@@ -91,7 +112,11 @@ def test_the_example_is_a_config_with_every_default() -> None:
 def test_the_example_shows_every_option_of_the_default_kinds() -> None:
     example = example_config()
     for path, kind, field in option_paths():
-        if kind in ("", "epochs", "sgd", "mean", "raw") and not union_members(field) and "merge." not in path:
+        if (
+            kind in ("", "epochs", "sgd", "mean", "auto", "lattice")
+            and not union_members(field)
+            and not re.search(r"merge\.|encoding\.", path)
+        ):
             assert f"{path.rsplit('.', 1)[-1]} = " in example, path
 
 
@@ -114,13 +139,13 @@ def test_the_trip_leaves_out_no_option() -> None:
     assert plain - fixed - changed == set()
 
 
-def _values(table: ConfigTable, prefix: str = "") -> Iterator[tuple[tuple[str, str], tuple[Any, FieldInfo]]]:
+def _values(table: Table, prefix: str = "") -> Iterator[tuple[tuple[str, str], tuple[Any, FieldInfo]]]:
     kind = getattr(table, "kind", "")
     for name, field in type(table).model_fields.items():
         value = getattr(table, name)
         yield (f"{prefix}{name}", kind), (value, field)
         for member in value if isinstance(value, tuple) else (value,):
-            if isinstance(member, ConfigTable):
+            if isinstance(member, Table):
                 yield from _values(member, f"{prefix}{name}.")
 
 
@@ -165,22 +190,40 @@ def test_the_documentation_lists_every_option_as_it_is() -> None:
 
 
 def _options_table() -> str:
-    lines = []
+    """What several kinds have in common is one line, and a choice that was listed before is not listed again."""
+    lines: list[str] = []
+    kinds: dict[str, list[str]] = {}
+    listed: dict[tuple[str, ...], str] = {}
+    repeated: list[str] = []
     for path, kind, field in option_paths():
-        members = union_members(field)
-        if path.endswith(".kind") or (members and len(members) == 1 and field.annotation in members.values()):
-            if members:
-                kinds = (
-                    ""
-                    if "" in members
-                    else f' `kind = "{next(iter(members))}"`: {next(iter(members.values())).__doc__}'
-                )
-                lines += ["", f"### `[{path}]`", "", f"{field.description}{kinds}", ""]
-                lines += ["| option | values | default | meaning |", "|---|---|---|---|"]
+        if any(path.startswith(f"{table}.") for table in repeated):
             continue
-        name = f"`{path}`" + (f" (`{kind}`)" if _is_choice(path) else "")
+        members = union_members(field)
+        if len(members) > 1 and listed.setdefault(tuple(members), path) != path:
+            repeated.append(path)
+        if path.endswith(".kind"):
+            continue
+        is_only = field.annotation in members.values()
+        if is_only or (len(members) > 1 and "." not in path):
+            only = next(iter(members))
+            kind_of = f' `kind = "{only}"`: {members[only].__doc__}' if is_only and only else ""
+            lines += ["", f"### `[{path}]`", "", f"{field.description}{kind_of}", ""]
+            lines += ["| option | values | default | meaning |", "|---|---|---|---|"]
+            if is_only:
+                continue
         values = "one of " + ", ".join(members) if len(members) > 1 else describe_range(field) or _type(field)
-        lines.append(f"| {name} | {values} | {_default(field)} | {field.description} |")
+        seen = f" Its keys are those of `[{listed[tuple(members)]}]`." if path in repeated else ""
+        meaning = f"{field.description}{seen}".replace("|", r"\|")
+        rest = f" | {values} | {_default(field)} | {meaning} |"
+        of_kinds = kinds.setdefault(f"{path}{rest}", [])
+        if not of_kinds:
+            lines.append(f"{path}{rest}")
+        of_kinds.append(kind)
+    for number, line in enumerate(lines):
+        if line in kinds:
+            path, rest = line.split(" ", 1)
+            names = ", ".join(f"`{kind}`" for kind in kinds[line])
+            lines[number] = f"| `{path}`" + (f" ({names})" if _is_choice(path) else "") + f" {rest}"
     return "| option | values | default | meaning |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
 
 
@@ -191,7 +234,8 @@ def _is_choice(path: str) -> bool:
 
 def _type(field: FieldInfo) -> str:
     annotation = str(field.annotation)
-    for word, meaning in (("dict", "table"), ("tuple", "array of tables"), ("float", "number"), ("str", "text")):
+    words = {"dict": "table", "tuple": "array of tables", "float": "number", "str": "text", "bool": "true, false"}
+    for word, meaning in words.items():
         if word in annotation:
             return meaning
     raise AssertionError(f"name the type of {annotation}")
@@ -205,8 +249,10 @@ def _default(field: FieldInfo) -> str:
     match field.default:
         case None:
             return "unset"
-        case ConfigTable():
+        case BaseModel():
             return f"`{field.default.kind}`"  # type: ignore[attr-defined]
+        case bool():
+            return "true" if field.default else "false"
         case str() if not field.default:
             return "empty"
         case str():
@@ -249,7 +295,18 @@ def _default(field: FieldInfo) -> str:
         ('aggregation.merge = [{ pattern = "x", rule = "men" }]', 'aggregation.merge[0].rule: expected "mean", "maximum" or'),
         ('aggregation.merge = [{ patern = "x" }]', "aggregation.merge[0].patern: there is no such key; did you mean 'pattern'?"),
         ('aggregation = { weighting = "uniform", max_weight = 3 }', "aggregation.max_weight: has no effect with weighting"),
-        ('codec.kind = "zip"', 'codec.kind: expected "raw", got "zip"'),
+        ('uplink.kind = "zip"', 'uplink.kind: expected "auto", "raw", "cast", "uniform", "mask", "fsq" or "lrq", got "zip"'),
+        ("uplink.bits = 3", 'uplink: has no kind; add kind = "auto", "raw"'),
+        ('uplink = { kind = "uniform", bits = 9 }', "uplink.bits: expected 2 to 8, got 9"),
+        ('uplink = { kind = "uniform", block = 100 }', "uplink.block: expected 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, "),
+        ('uplink = { kind = "cast", to = "int8" }', 'uplink.to: expected "float16" or "bfloat16", got "int8"'),
+        ('uplink = { kind = "auto", max_bits_per_parameter = 0 }', "max_bits_per_parameter: expected more than 0, at most 32, got"),
+        ('uplink = { kind = "lrq", residual = 3 }', "uplink.residual: expected true or false, got 3"),
+        ('uplink = { kind = "auto", bits = 3 }', "did you mean 'uplink.bits', which needs kind = \"uniform\"?"),
+        ('downlink = { kind = "lattice", step = 0 }', "downlink.step: expected more than 0, at most 1024, got 0"),
+        ('downlink = { kind = "raw", step = 2 }', "did you mean 'downlink.step', which needs kind = \"lattice\"?"),
+        ('downlink = { kind = "delta", encoding = { kind = "raw", bit = 3 } }', "downlink.encoding.bit: there is no such key"),
+        ('downlink = { kind = "delta", encoding = { bits = 3 } }', 'downlink.encoding: has no kind; add kind = "auto", "raw"'),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.target: needs a measured metric"),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.patience: needs a measured metric"),
     ],
@@ -295,6 +352,8 @@ def test_a_misspelt_key_is_recognised_at_every_level(path: str, kind: str) -> No
     line = f"{wrong} = 1\n"
     if kind and _is_choice(path):
         line += f'{table}.kind = "{kind}"\n'
+    if path.startswith("downlink.encoding."):
+        line += 'downlink.kind = "delta"\n'
     with pytest.raises(ConfigError) as caught:
         parse_run_config(MINIMAL + line)
     assert f"{wrong}: there is no such key; did you mean {name!r}?" in str(caught.value)
