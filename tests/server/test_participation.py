@@ -312,7 +312,7 @@ async def test_a_round_without_a_quorum_fails_and_after_so_many_the_run(slow_hou
     clock.advance(11)
     await until(lambda: slow_house.operator.run().round == 2)
     first, second = await given(a, b)
-    assert (first.round, first.model_version) == (2, 0)
+    assert (first.round, first.model.version) == (2, 0)
     await off_loop(a.report_failure, first.assignment_id, kind=WORKLOAD, message="no data")
     run = await off_loop(slow_house.operator.wait)
     assert run.state == runs_pb2.RUN_STATE_FAILED

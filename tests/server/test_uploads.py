@@ -7,6 +7,7 @@ import queue
 import random
 import struct
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from benchmarks.light_client import LightClient, Update, constant, encode_update
+from benchmarks.light_client import LightClient, MemoryFile, Update, constant, encode_update
 from fed_core.errors import (
     CorruptError,
     InvalidError,
@@ -28,14 +29,13 @@ from fed_core.errors import (
     NotFoundError,
     OffsetError,
     PayloadError,
-    PermissionDeniedError,
     UnavailableError,
     UpdateRefusedError,
     WrongPhaseError,
 )
 from fed_core.payload.frames import CHUNK_BYTES, pack_chunk
 from fed_core.payload.limits import MAGIC, PREAMBLE_BYTES
-from fed_core.payload.manifest import Manifest, parse_manifest, parse_preamble
+from fed_core.payload.manifest import Manifest, pack_specs, parse_manifest, parse_preamble
 from fed_core.rpc_status import from_rpc_error
 from fed_core.specs import TensorSpec
 from fedstream.v1 import common_pb2, payload_pb2, runs_pb2, transfer_pb2
@@ -280,8 +280,15 @@ async def test_bytes_after_the_end_are_refused(trial: Trial) -> None:
     await trial.is_unharmed()
 
 
+def respec(manifest: payload_pb2.Manifest, change: Callable[[Any], object]) -> None:
+    """Changes the packed specs, given as a list."""
+    specs = payload_pb2.TensorSpecs.FromString(zlib.decompress(manifest.packed_specs))
+    change(specs.specs)
+    manifest.packed_specs = pack_specs(specs)
+
+
 def claim_terabytes(manifest: payload_pb2.Manifest) -> None:
-    manifest.tensors[0].spec.shape[:] = [2**19, 2**19]
+    respec(manifest, lambda specs: specs[0].shape.__setitem__(slice(None), [2**19, 2**19]))
     manifest.raw_bytes = 2**40
 
 
@@ -292,15 +299,23 @@ def claim_long_segments(manifest: payload_pb2.Manifest) -> None:
 
 
 def claim_many_tensors(manifest: payload_pb2.Manifest) -> None:
-    for number in range(10_000):
-        added = manifest.tensors.add()
-        added.CopyFrom(manifest.tensors[1])
-        added.spec.name = f"more.{number}"
+    def grow(specs: Any) -> None:
+        for number in range(10_000):
+            specs.add().CopyFrom(specs[1])
+            specs[-1].name = f"more.{number}"
+
+    respec(manifest, grow)
+    manifest.tensors.extend([manifest.tensors[1]] * 10_000)
     manifest.raw_bytes += 10_000 * 8
-    manifest.encoded_bytes += 10_000 * 8
 
 
-@pytest.mark.parametrize("claim", [claim_terabytes, claim_long_segments, claim_many_tensors])
+def claim_a_bomb(manifest: payload_pb2.Manifest) -> None:
+    """Half a gigabyte of specs in two megabytes."""
+    packer = zlib.compressobj(1)
+    manifest.packed_specs = b"".join(packer.compress(bytes(2**20)) for _ in range(500)) + packer.flush()
+
+
+@pytest.mark.parametrize("claim", [claim_terabytes, claim_long_segments, claim_many_tensors, claim_a_bomb])
 async def test_a_manifest_that_claims_more_than_there_is_costs_no_memory(
     trial: Trial, claim: Callable[[payload_pb2.Manifest], None]
 ) -> None:
@@ -431,10 +446,10 @@ async def test_a_model_in_place_of_an_update_is_refused(trial: Trial) -> None:
     await trial.is_unharmed()
 
 
-@pytest.mark.parametrize("codec", ["unheard-of", "../raw"])
+@pytest.mark.parametrize("codec", ["unheard-of", "../raw", "uniform"])
 async def test_a_codec_that_the_run_does_not_take_is_refused(trial: Trial, codec: str) -> None:
     def encode(manifest: payload_pb2.Manifest) -> None:
-        manifest.tensors[0].codec = codec
+        manifest.codecs[0] = codec
 
     with pytest.raises(InvalidError, match=r"codec|encoded by"):
         await trial.send(forge(trial.encode(), encode))
@@ -462,14 +477,17 @@ async def test_another_sites_assignment_is_not_found(trial: Trial) -> None:
     await trial.is_unharmed()
 
 
-async def test_a_payload_that_the_assignment_does_not_name_cannot_be_downloaded(trial: Trial) -> None:
-    for digest in (bytes(32), b"", b"/etc/passwd"):
-        wrong = type(trial.assignment)()
-        wrong.CopyFrom(trial.assignment)
-        wrong.model.digest = digest
-        with pytest.raises(PermissionDeniedError):
-            await off_loop(trial.client.model, wrong)
+async def test_only_payloads_of_the_assignments_run_can_be_downloaded(trial: Trial) -> None:
+    await off_loop(trial.house.operator.submit, config(name="other", size=1), {"w": torch.ones(10)})
+    (other,) = set(payloads(trial.house)) - {payload.digest.hex() for payload in trial.assignment.model.payloads}
+    for digest in (bytes(32), b"", b"/etc/passwd", bytes.fromhex(other)):
+        with MemoryFile() as memory, pytest.raises(NotFoundError, match="never part of the run; poll again"):
+            await off_loop(trial.client.fetch, trial.id, common_pb2.PayloadRef(digest=digest, total_bytes=9), memory)
     await trial.is_unharmed()
+
+
+def payloads(house: House) -> list[str]:
+    return [path.stem for path in (house.app.settings.data_dir / "payloads").glob("*.payload")]
 
 
 async def test_an_update_of_an_earlier_round_is_no_longer_needed(house: House) -> None:
