@@ -29,18 +29,25 @@ _SCAN_COORDINATES = 2**18
 
 
 def lattice_exponent(spec: TensorSpec, source: TileSource) -> int | None:
-    """The largest e such that every value is a multiple of 2^e in float32; None where all are zero. One pass, O(tile) memory."""
+    """The largest e such that every value is a multiple of 2^e, 0 where all are zero; None where whole steps cannot give every bit
+    back: for a negative zero, or a float64 that is no float32. One pass, O(tile) memory."""
     lowest: int | None = None
     for first in range(0, spec.num_elements, _SCAN_COORDINATES):
         tile = source(first, min(_SCAN_COORDINATES, spec.num_elements - first))
-        exponent = _exponent_of(tile)
+        single = tile.float()
+        if ((single == 0) & single.signbit()).any() or (
+            tile.dtype != single.dtype and not single.to(tile.dtype).equal(tile)
+        ):
+            return None
+        exponent = _exponent_of(single)
         if exponent is not None:
             lowest = exponent if lowest is None else min(lowest, exponent)
-    return lowest
+    return 0 if lowest is None else lowest
 
 
 def _exponent_of(tile: Tensor) -> int | None:
-    bits = tile.float().numpy().view(np.int32)
+    """That of a float32 tile; None where it is all zero."""
+    bits = tile.numpy().view(np.int32)
     exponents = (bits >> 23) & 0xFF
     mantissas = np.where(exponents > 0, (bits & 0x7FFFFF) | 0x800000, bits & 0x7FFFFF)
     present = mantissas != 0
@@ -78,7 +85,6 @@ class LosslessEncoding:
             exponent = None
             if spec.dtype in LATTICE_DTYPES and spec.num_elements > 0 and spec.name not in self.raw:
                 exponent = lattice_exponent(spec, source)
-                exponent = 0 if exponent is None else exponent  # all zero: any step will do
             plans.append(_plan(spec, source, exponent))
         return plans
 
