@@ -36,13 +36,14 @@ from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_COORDINATES, MAX_HEAD_BYTES
 from fed_core.specs import TensorSpec
 
-MAX_FACTOR_SYMBOLS: Final = 2**24
-"""What a head may make its reader hold, whatever the tensor: 64 MiB of int32, and as much as 192 MiB while it reads."""
+MAX_FACTOR_SYMBOLS: Final = 2**23
+"""What a head may make its reader hold, whatever the tensor: some 80 MiB, and twice that while it reads."""
 
 # A matrix with a shorter side has hardly anything to gain.
 _SHORTEST_SIDE = 5
 # The last component kept has a squared singular value of 0.15 to 0.2 (rows + cols) D^2; one below this share never pays.
 _FAINT = 0.08
+# Factors that are nearly all zero are rounded as those of this mean absolute value are.
 _LEAST_MEAN = 5 / 12
 _NUM_QUANTILES = 16
 # A residual is looked at if it is expected to bring error + lambda * bits below this share; what comes out is a little more.
@@ -228,7 +229,7 @@ class LrqAnalysis:
         if self._last is not None and self._last.step == step:
             return self._last
         scale = self._unit / step
-        # A unit vector has an entry of at least 1 / sqrt(2^24).
+        # A unit vector of 2^23 entries has one of 2^-11.5 at least.
         if len(self._values) and float(self._values[0]) * scale > MAX_REACH * 2**12:
             raise _too_fine(step)
         num_bright = int((self._values.square() * scale**2 > _FAINT * (self._rows + self._cols)).sum())
