@@ -169,7 +169,13 @@ def read_subject(path: Path, base: Path | None) -> Subject:
         encoded = ", ".join(f"{codec} {count}" for codec, count in file.codecs.items())
         notices.append(f"{path.name} was encoded before ({encoded}): what is measured is what that has left")
     if base is not None:
-        tensors, title = _changes(file, base), f"{path.name} minus {base.name}"
+        before = _read(base)
+        tensors, title = _changes(file, before), f"{path.name} minus {base.name}"
+        if file.run_id and before.run_id:
+            notices.append(
+                "these are two versions of a run: their difference is the mean of many updates, rounded as the downlink has it, and no "
+                "client's update"
+            )
     elif file.kind == "model":
         notices.append(
             "these count as a model's weights, and clients send differences: --base MODEL, with the version that it was trained "
@@ -193,6 +199,7 @@ class _File:
     kind: str
     tensors: Tensors
     codecs: dict[str, int]
+    run_id: str
 
 
 def _read(path: Path) -> _File:
@@ -204,11 +211,12 @@ def _read(path: Path) -> _File:
                 manifest = payload.manifest
                 tensors = payload.tensors(verify=True)
             of_payload = [(spec, tensors[spec.name]) for spec in manifest.specs]
-            return _File(path, _KIND_NAMES[manifest.kind], of_payload, manifest.codecs)
+            return _File(path, _KIND_NAMES[manifest.kind], of_payload, manifest.codecs, manifest.run_id)
         with SafetensorsReader(path) as reader:
             # A foreign file does not say what is a buffer; what is not a floating number certainly is one.
             specs = [spec if is_floating(spec.dtype) else replace(spec, role=BUFFER) for spec in reader.specs]
-            return _File(path, "model", [(spec, reader.tensor(spec.name)) for spec in specs], {})
+            of_file = [(spec, reader.tensor(spec.name)) for spec in specs]
+            return _File(path, "model", of_file, {}, reader.metadata.get("run_id", ""))
     except OSError as error:
         raise InvalidError(f"cannot read {path}: {error.strerror}", cure="correct the path") from error
     except (PayloadError, CorruptError) as error:
@@ -218,8 +226,7 @@ def _read(path: Path) -> _File:
         ) from error
 
 
-def _changes(file: _File, base: Path) -> Tensors:
-    before = _read(base)
+def _changes(file: _File, before: _File) -> Tensors:
     for each in (file, before):
         if each.kind != "model":
             raise InvalidError(
@@ -233,7 +240,7 @@ def _changes(file: _File, base: Path) -> Tensors:
     expected = [replace(spec, role=BUFFER if spec.name in buffers else PARAMETER) for spec, _ in before.tensors]
     if {spec.name: spec for spec in expected} != {spec.name: spec for spec in specs}:
         raise InvalidError(
-            f"{file.path} and {base} are not of one model: {explain_difference(expected, specs)}",
+            f"{file.path} and {before.path} are not of one model: {explain_difference(expected, specs)}",
             cure="give two versions of the same model",
         )
     return [

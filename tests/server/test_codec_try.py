@@ -208,6 +208,18 @@ def test_a_payload_is_read_and_its_roles_are_kept(fedctl: Run, tmp_path: Path) -
         assert by_name["first.weight"]["error"] > 0
 
 
+def test_two_versions_of_a_run_are_no_update(fedctl: Run, tmp_path: Path) -> None:
+    before = write_model(tmp_path / "v3.payload", named(weights(6)))
+    save_file(weights(7), tmp_path / "v4.safetensors", {"run_id": "1" * 32, "version": "4"})
+    save_file(weights(7), tmp_path / "trained.safetensors")
+    said = [
+        measured(fedctl, name, "--base", before, "--codec", "raw")["notices"]
+        for name in ("v4.safetensors", "trained.safetensors")
+    ]
+    assert "two versions of a run" in said[0][0]
+    assert said[1] == []
+
+
 def test_what_was_encoded_before_is_said_to_be(fedctl: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.update"
     write_update(path, named(weights(7)), UniformConfig(bits=2))
