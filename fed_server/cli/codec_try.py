@@ -173,8 +173,8 @@ def read_subject(path: Path, base: Path | None) -> Subject:
         tensors, title = _changes(file, before), f"{path.name} minus {base.name}"
         if file.run_id and before.run_id:
             notices.append(
-                "these are two versions of a run: their difference is the mean of many updates, rounded as the downlink has it, and no "
-                "client's update"
+                "these are two versions of a run: their difference is the mean of many updates, rounded as the downlink has it, "
+                "and no client's update"
             )
     elif file.kind == "model":
         notices.append(
