@@ -54,7 +54,7 @@ MATCHED_TARGET: Final = TARGET / (1 - TARGET)
 COHORTS: Final = (1, 10, 100)
 SIDE: Final = 1024
 # Rates and errors of a source do not depend on its length: a cohort of 100 is measured on shorter vectors.
-COHORT_SIDE: Final = 256
+COHORT_SIDE: Final = 128
 _SHANNON_BITS: Final = (1.0, 2.0, 3.0, 4.0)
 _MAX_SEARCH: Final = 8
 _CLOSE: Final = 0.005
@@ -137,6 +137,7 @@ CURVES: Final = ("fsq", "fsq without contexts", "lrq", "auto")
 # At 1, 2, 3 and 4 bits of an ideal entropy-coded uniform quantizer of a Gaussian, and beyond.
 CURVE_ERRORS: Final = (0.6, 0.3483, 0.2, 0.08893, 0.05, 0.02224, 0.00556)
 DETAILED: Final = ("gaussian", "laplace", "cnn-shards-middle")
+CURVED: Final = ("gaussian", "cnn-shards-middle")
 QUICK: Final = ("gaussian", "cnn-shards-middle")
 
 # The wires of others: bits from their formats, vNMSE of a Gaussian vector. A rotated update is one, whatever it was before.
@@ -254,11 +255,11 @@ class Files:
         pair = flat_of([tensor for _, tensor in tensors]), flat_of([decoded[spec.name] for spec, _ in tensors])
         return self._path.stat().st_size, written.codecs, pair
 
-    def cohort(self, source: Source, encoding: Encoding) -> dict[int, Quality | None]:
-        """The error of the decoded mean, by number of clients."""
+    def cohort(self, source: Source, encoding: Encoding, most: int) -> dict[int, Quality | None]:
+        """The error of the decoded mean, by number of clients, which is at most `most`."""
         found: dict[int, Quality | None] = dict.fromkeys(COHORTS)
         sums: FlatPair | None = None
-        for index in range(source.num_clients):
+        for index in range(min(most, source.num_clients) if most > 1 else 0):
             _, _, pair = self.there_and_back(source.client(index), encoding, seed=index)
             sums = (sums[0].add_(pair[0]), sums[1].add_(pair[1])) if sums else pair
             if index + 1 in COHORTS:
@@ -330,39 +331,39 @@ def measure_speeds(row: Row, source: Source, encoding: Encoding) -> None:
     row.add_speed = millions / seconds_of(lambda: total.add_(flat))
 
 
-def measure(source: Source, label: str, encoding: EncodingConfig, files: Files, *, is_whole: bool = True) -> Row:
-    """One row; bits, error and gain alone where it is only a point of a curve. Early and late updates are not timed."""
+def measure(source: Source, label: str, encoding: EncodingConfig, files: Files, *, most: int = 1) -> Row:
+    """One row, with a cohort of at most so many clients; `most` 0 for a point of a curve, which is not timed either."""
     num_bytes, codecs, pair = files.there_and_back(source.first, encoding)
     found = quality(*pair)
     row = Row(
         source.name, label, encoding.model_dump(), 8 * num_bytes / source.num_coordinates, found.vnmse, found.gain
     )
     row.codecs = codecs
-    if is_whole:
-        is_middle = not source.name.endswith(("early", "late"))
-        row.cohort = dict.fromkeys(COHORTS)
-        if is_middle or encoding.kind in ("lrq", "auto"):
-            row.cohort = files.cohort(source, encoding)
-        row.cohort[1] = found
-        if is_middle:
+    if most:
+        row.cohort = files.cohort(source, encoding, most) | {1: found}
+        if not source.name.endswith(("early", "late")):
             measure_speeds(row, source, encoding)
     return row
 
 
-def rows_of(source: Source, files: Files) -> Iterator[Row]:
-    """All rows of a source."""
+def rows_of(source: Source, files: Files, most: int) -> Iterator[Row]:
+    """All rows of a source, with cohorts of at most so many clients."""
     is_detailed = source.name in DETAILED
-    for label, encoding in (FIXED | (FIXED_TOO if is_detailed else {})).items():
+    for label, encoding in FIXED.items():
+        yield measure(source, label, encoding, files, most=most)
+    for label, encoding in FIXED_TOO.items() if is_detailed else ():
         yield measure(source, label, encoding, files)
-    for label, make in (LOSSY | (LOSSY_TOO if is_detailed else {})).items():
-        yield measure(source, f"{label}, at {TARGET}", files.search(source.first, make, TARGET), files)
+    for label, make in LOSSY.items():
+        yield measure(source, f"{label}, at {TARGET}", files.search(source.first, make, TARGET), files, most=most)
     for label, make in LOSSY_MATCHED.items():
         encoding = files.search(source.first, make, MATCHED_TARGET)
-        yield measure(source, f"{label}, at {MATCHED_TARGET:.3f}", encoding, files)
-    for label in CURVES if is_detailed else ():
+        yield measure(source, f"{label}, at {MATCHED_TARGET:.3f}", encoding, files, most=most)
+    for label, make in LOSSY_TOO.items() if is_detailed else ():
+        yield measure(source, f"{label}, at {TARGET}", files.search(source.first, make, TARGET), files)
+    for label in CURVES if source.name in CURVED else ():
         for error in CURVE_ERRORS:
             encoding = (LOSSY | LOSSY_TOO)[label](error)
-            yield measure(source, f"{label}, aims at {error:g}", encoding, files, is_whole=False)
+            yield measure(source, f"{label}, aims at {error:g}", encoding, files, most=0)
 
 
 def aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -525,7 +526,7 @@ def main() -> None:
                 continue
             began = time.process_time()
             with console.status(source.name):
-                rows += rows_of(source, Files(Path(folder)))
+                rows += rows_of(source, Files(Path(folder)), most=10 if arguments.quick else max(COHORTS))
             console.print(f"{source.name}: {time.process_time() - began:.0f} s of processor time")
     console.print(table(rows), curve_table(rows))
     found = aims(rows)
