@@ -331,7 +331,8 @@ class Traffic(_message.Message):
     """Payload bytes that were asked for, each transfer counted once."""
     wire_bytes: _builtins.int
     """Bytes of bulk messages handed to or taken from the connection, repeats after a broken stream and gRPC's message framing
-    included; HTTP/2, TLS and TCP (together under 1 % of a large transfer) are not.
+    included; HTTP/2, TLS and TCP (together under 1 % of a large transfer) and the small control calls (some kilobytes a client and
+    round) are not.
     """
     def __init__(
         self,
