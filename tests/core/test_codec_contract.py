@@ -263,6 +263,20 @@ def test_tensors_are_planned_together_and_in_order(name: str) -> None:
 
 
 @EVERY_ENCODING
+@pytest.mark.parametrize("factor", [1e-9, 1e-3, 1e6])
+def test_no_tensor_is_lost_among_larger_ones(name: str, factor: float) -> None:
+    if name.endswith("float16"):
+        factor = min(max(factor, 1e-2), 1e2)
+    large, small = (
+        normal((60, 70), seed=1),
+        [normal((80, 40), seed=2), normal((300,), seed=3), normal((8, 8, 3, 3), seed=4)],
+    )
+    tensors = [large, *(tensor * factor for tensor in small)]
+    for tensor, payload in zip(tensors, encoded(ENCODINGS[name].config, tensors), strict=True):
+        assert relative_error(tensor, decoded(payload)) <= 0.6
+
+
+@EVERY_ENCODING
 def test_no_tensors_make_no_plans(name: str) -> None:
     assert ENCODINGS[name].config.plan([], seed=0) == []
 
