@@ -288,9 +288,12 @@ class Federation:
         deadline: float = 600,
         budget: float = 0,
         evaluation: str = "none",
+        uplink: str = "",
+        downlink: str = "",
     ) -> None:
         """A run over all sites, or one of them, that fails with its first failed round. Bit-identical where it is not told
-        otherwise: the whole population, no deadline or budget that matters."""
+        otherwise: the whole population, no deadline or budget that matters. `uplink` and `downlink` are inline tables; without
+        them it is compressed as runs are by default."""
         size = size or (1 if site else len(self.sites))
         labels = f'labels = {{ site = "{site.name}" }}' if site else ""
         work = f'{{ kind = "steps", steps = {steps} }}' if steps else '{ kind = "epochs", epochs = 1 }'
@@ -299,6 +302,8 @@ class Federation:
             name = "{name}"
             workload = "faults"
             seed = {SEED}
+            {f"uplink = {uplink}" if uplink else ""}
+            {f"downlink = {downlink}" if downlink else ""}
             [cohort]
             size = {size}
             min_clients = {size}
@@ -373,3 +378,18 @@ class Federation:
 def digests(report: runs_pb2.GetReportResponse) -> list[str]:
     """Of every version's values."""
     return [model.digest.hex() for model in report.models]
+
+
+def losses(report: runs_pb2.GetReportResponse) -> list[object]:
+    """What every encoding made of what it was given: the lengths, errors and gains of updates and deltas, to the last bit."""
+    updates = [
+        (client.client_name, client.uplink.payload_bytes, _fidelity(client.fidelity))
+        for round in report.rounds
+        for client in round.clients
+        if client.assignment_kind == TRAIN
+    ]
+    return [*updates, *((model.delta_bytes, _fidelity(model.fidelity)) for model in report.models)]
+
+
+def _fidelity(fidelity: runs_pb2.Fidelity) -> tuple[float, float, dict[str, int]]:
+    return fidelity.error, fidelity.gain, dict(fidelity.tensors)

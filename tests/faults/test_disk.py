@@ -42,7 +42,7 @@ def federation(cramped: Federation) -> Federation:
 
 
 def test_a_run_that_the_coordinator_has_no_room_for_is_refused_at_once(federation: Federation) -> None:
-    with _full(federation.coordinator.data, leave=40 * MIB), pytest.raises(DiskFullError, match=r"needs 67\.7 MB"):
+    with _full(federation.coordinator.data, leave=40 * MIB), pytest.raises(DiskFullError, match=r"needs 84\.6 MB"):
         federation.submit("large")
 
 
@@ -53,7 +53,8 @@ def test_without_room_for_the_update_at_the_coordinator_it_waits_at_the_site(
     coordinator, site = federation.coordinator, federation.sites[0]
     name = f"coordinator-full-{leave // MIB}"
     site.trouble("sleep 1")
-    federation.submit(name, rounds=2)
+    # Whole, or it would fit into what is left.
+    federation.submit(name, rounds=2, uplink='{ kind = "raw" }')
     run_id = federation.run_id(name)
     federation.until_training(name, site)
     with _full(coordinator.data, leave):
@@ -90,7 +91,7 @@ def test_a_full_disk_at_a_site_is_reported_by_it(federation: Federation, leave: 
     site = federation.sites[0]
     name = f"site-full-{leave // MIB}"
     with _full(site.state, leave=leave):
-        federation.submit(name)
+        federation.submit(name, uplink='{ kind = "raw" }')
         report = federation.over(name)
         assert "failed: site-a (DISK_FULL: " in report.run.reason
         assert str(site.state) in report.run.reason

@@ -118,7 +118,7 @@ def test_a_line_that_breaks_in_mid_upload_costs_the_time_it_was_down(network: Ne
     federation = Federation(coordinator, [near, far])
     try:
         federation.start()
-        federation.submit("across", rounds=2)
+        federation.submit("across", rounds=2, uplink='{ kind = "raw" }')  # long enough to break off
         until(lambda: _uplink(federation, far).wire_bytes > 1.5 * MIB, "the far site has sent a part")
         with network.broken(2):
             until(lambda: _stalls(far), "the far site notices that the line is down")

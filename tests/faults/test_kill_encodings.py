@@ -1,0 +1,90 @@
+"""kill -9 of both sides with every encoding, in both directions: what is made again is made to the same bits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from fed_core.codecs.registry import CODECS_OF
+from fedstream.v1 import runs_pb2
+from tests.faults.processes import Federation, digests, losses, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
+
+
+class Case(NamedTuple):
+    """A run's encodings and where its coordinator is killed; its site always is in training, and so encodes its update anew."""
+
+    uplink: str
+    downlink: str
+    points: tuple[str, ...]
+    site_point: str
+
+
+# Fine enough for updates of several chunks.
+FINE = "target_error = 1e-4"
+CASES = {
+    "raw": Case('{ kind = "raw" }', '{ kind = "raw" }', ("mid-upload:3", "before-commit"), "client-mid-upload:5"),
+    "cast": Case('{ kind = "cast" }', '{ kind = "delta" }', ("mid-fold", "after-commit"), "client-spooled"),
+    "uniform": Case(
+        '{ kind = "uniform", bits = 4, block = 64, rounding = "stochastic" }',
+        '{ kind = "delta", encoding = { kind = "uniform", rounding = "stochastic" } }',
+        ("mid-upload:2", "before-commit"),
+        "client-mid-assemble",
+    ),
+    "mask": Case('{ kind = "mask" }', '{ kind = "lattice" }', ("mid-upload:3", "mid-fold:2"), "client-mid-upload:4"),
+    "fsq": Case(f'{{ kind = "fsq", {FINE} }}', '{ kind = "raw" }', ("mid-upload:2", "mid-fold:3"), "client-spooled"),
+    "lrq": Case(
+        f'{{ kind = "lrq", {FINE} }}',
+        '{ kind = "lattice", step = 1.0 }',
+        ("mid-fold", "after-commit"),
+        "client-assembled",
+    ),
+    "auto": Case(
+        f'{{ kind = "auto", {FINE} }}', '{ kind = "delta" }', ("update-durable", "before-commit"), "client-mid-download"
+    ),
+}
+
+
+def test_every_encoding_is_among_them() -> None:
+    assert set(CASES) == set(CODECS_OF)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_whatever_the_encoding_kills_do_not_change_a_bit(federation: Federation, kind: str) -> None:
+    coordinator, site, case = federation.coordinator, federation.sites[0], CASES[kind]
+    encodings = {"uplink": case.uplink, "downlink": case.downlink}
+    federation.submit(f"{kind}-well", site=site, rounds=2, **encodings)
+    expected = federation.finished(f"{kind}-well")
+
+    points: list[str | None] = [*case.points, None]
+    site.trouble("sleep 0.5")
+    federation.submit(f"{kind}-killed", site=site, rounds=2, **encodings)
+    federation.until_training(f"{kind}-killed", site)
+    site.kill()
+    site.trouble(None)
+    coordinator.kill()
+    coordinator.start(fail_at=points.pop(0))
+    site.start(fail_at=case.site_point)
+
+    def are_all_killed() -> bool:
+        """Starts who was killed again, until nobody is to be."""
+        if not coordinator.is_running:
+            coordinator.wait_killed()
+            coordinator.start(fail_at=points.pop(0))
+        if not site.is_running:
+            site.wait_killed()
+            site.start()
+        return coordinator.fail_at is None and site.fail_at is None
+
+    until(are_all_killed, f"kills at {case.site_point} and {case.points}")
+    report = federation.finished(f"{kind}-killed")
+
+    assert digests(report) == digests(expected)
+    assert losses(report) == losses(expected)
+    assert [model.num_updates for model in report.models] == [0, 1, 1]
+    codecs = {codec for round in report.rounds for client in round.clients for codec in client.fidelity.tensors}
+    assert codecs <= CODECS_OF[kind] | {"raw"}
+    assert codecs & CODECS_OF[kind] or kind == "raw"
+    assert report.rounds[0].state == runs_pb2.ROUND_STATE_COMMITTED
