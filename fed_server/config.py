@@ -352,6 +352,13 @@ class LatticeDownlinkConfig(ConfigTable):
         description="Finest step there is, in root mean squares of the tensor's weights: the resolution of the versions that "
         "clients see.",
     )
+    dead_zone: float = Field(
+        default=0.5,
+        ge=0.5,
+        le=4,
+        description="Steps that a change must have grown to before it is sent. 0.5: to the nearest step. More saves bits where every "
+        "client takes every version, and delays what is learned.",
+    )
     first_error: float | None = Field(
         default=None,
         gt=0,

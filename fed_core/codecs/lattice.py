@@ -8,10 +8,11 @@ version."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fed_core.codecs.base import TensorPlan, TileSource
@@ -60,14 +61,18 @@ def _exponent_of(tile: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class LatticeEncoding:
-    """Floating tensors in whole steps of 2^exponent, by `fsq`'s entropy coder; whatever has no exponent, or too many steps, raw."""
+    """Floating tensors in whole steps of 2^exponent, by `fsq`'s entropy coder; whatever has no exponent, or too many steps, raw.
+
+    What is smaller than `dead_zone` steps is not sent: whoever carries it along sends it later, with more. Half a step: rounding.
+    """
 
     exponents: Mapping[str, int]
+    dead_zone: float = 0.5
     kind: ClassVar[str] = "lattice"
 
     def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
         """Plans for all tensors. Deterministic; the seed is not used."""
-        return [_plan(spec, source, self.exponents.get(spec.name)) for spec, source in tensors]
+        return [_plan(spec, source, self.exponents.get(spec.name), self.dead_zone) for spec, source in tensors]
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,16 @@ class LosslessEncoding:
         return plans
 
 
-def _plan(spec: TensorSpec, source: TileSource, exponent: int | None) -> TensorPlan:
+def _plan(spec: TensorSpec, source: TileSource, exponent: int | None, dead_zone: float = 0.5) -> TensorPlan:
     if exponent is None or spec.dtype not in LATTICE_DTYPES or spec.num_elements == 0:
         return raw_plan(spec, source)
+    threshold = dead_zone * 2.0**exponent
+
+    def sent(tile: Tensor) -> Tensor:
+        return torch.where(tile.abs() < threshold, 0.0, tile) if dead_zone > 0.5 else tile
+
     try:
-        return FsqAnalysis(spec, source, lattice=True).plan(2.0**exponent)
+        plan = FsqAnalysis(spec, lambda first, count: sent(source(first, count)), lattice=True).plan(2.0**exponent)
     except StepTooFineError:
         return raw_plan(spec, source)
+    return replace(plan, encode=lambda first, tile: plan.encode(first, sent(tile)))

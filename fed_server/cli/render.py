@@ -718,7 +718,9 @@ def client_totals(rounds: Iterable[runs_pb2.Round]) -> dict[str, _ClientTotals]:
             of.up += client.uplink.wire_bytes
             of.training_seconds += client.training_seconds
             if client.has_diverged:
-                of.reason = f"round {round.round}: DIVERGED, a delta did not give it the version; it was sent a whole one"
+                of.reason = (
+                    f"round {round.round}: DIVERGED, a delta did not give it the version; it was sent a whole one"
+                )
             if client.state == runs_pb2.ASSIGNMENT_STATE_FAILED:
                 of.failed += 1
                 of.reason = f"round {round.round}: {first_line(client.reason)}"

@@ -29,7 +29,7 @@ def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
         if is_vector:
             step, finest = step * 2.0**-_VECTOR_BITS, finest * 2.0**-_VECTOR_BITS
         exponents[name] = _exponent(max(step, finest), change.max_abs[name])
-    return LatticeEncoding(exponents)
+    return LatticeEncoding(exponents, dead_zone=config.dead_zone)
 
 
 def first_error(config: LatticeDownlinkConfig, has_trained_weights: bool) -> float:
