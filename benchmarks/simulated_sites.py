@@ -11,7 +11,7 @@ import json
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +28,7 @@ from fed_core.child_process import Json, OnProgress
 from fed_core.workload import Site
 
 _JOBS = threading.Lock()
-JOB_SECONDS: Counter[str] = Counter()
+JOB_SECONDS: defaultdict[str, float] = defaultdict(float)
 """Processor seconds of all jobs so far, by what they did."""
 # As often as a trainer process reports.
 _PROGRESS_SECONDS = 0.25
