@@ -356,8 +356,8 @@ class LatticeDownlinkConfig(ConfigTable):
         default=0.5,
         ge=0.5,
         le=4,
-        description="Steps that a change must have grown to before it is sent. 0.5: to the nearest step. More saves bits where every "
-        "client takes every version, and delays what is learned.",
+        description="Steps that a change must have grown to before it is sent. 0.5: to the nearest step. More saves bits where "
+        "every client takes every version, and delays what is learned.",
     )
     first_error: float | None = Field(
         default=None,
