@@ -346,7 +346,7 @@ def peers() -> list[Peer]:
     num_parameters = sum(math.prod(shape) for shape in shapes)
     blocks = {length: sum(math.ceil(math.prod(shape) / length) for shape in shapes) for length in (64, 4096)}
     return [
-        Peer("float32 (Flower, FedML, FATE ... by default)", 32.0, "4 bytes a value"),
+        Peer("float32, what most send", 32.0, "4 bytes a value"),
         Peer("NVFlare fp16", 16.0, "2 bytes a value"),
         Peer("NVFlare blockwise8", 8 + 32 * blocks[4096] / num_parameters, "a byte a value, a float32 per 4096"),
         Peer("NVFlare nf4", 4 + 32 * blocks[64] / num_parameters, "4 bits a value, a float32 per 64"),
