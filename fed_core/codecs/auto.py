@@ -61,7 +61,11 @@ class AutoConfig(LossyTable):
         with an error of e each leave about e / n of one update's energy in their mean. At most ten times the target, and never
         above `max_tensor_error`: what all updates leave out together does not average out."""
         share = min(max(size / COHORT, 1.0), _MOST_SHARE)
-        return self.model_copy(update={"target_error": min(share * self.target_error, self.max_tensor_error)})
+        if share == 1.0:
+            return self
+        # An error of a fifth would shorten every update, and their mean with them, by a fifth.
+        error = min(share * self.target_error, self.max_tensor_error)
+        return self.model_copy(update={"target_error": error, "match_gain": True})
 
     @property
     def aim(self) -> Aim:
