@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fed_core.errors import InvalidError, NotFiniteError, PayloadError
 from fed_core.specs import DTYPES, TensorSpec, is_floating
 from fed_core.tensors import (
+    apply_difference,
     check_finite,
     difference,
     dtype_name,
@@ -137,6 +138,28 @@ def test_halves_subtract_in_float32_and_round_once() -> None:
         assert torch.equal(
             difference(local, received), (local.double() - received.double()).to(torch.float32).to(dtype)
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_applying_a_difference_gives_the_local_value_where_sums_are_exact(dtype: str) -> None:
+    local, received = (torch.tensor(values).to(torch_dtype(dtype)) for values in ([3, 0, 1, 5], [0, 2, 1, 4]))
+    result = apply_difference(received, difference(local, received))
+    assert result.dtype == local.dtype
+    assert torch.equal(result, local)
+
+
+def test_applied_halves_add_in_float32_and_round_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float16, torch.bfloat16):
+        received, change = (torch.randn(1000, generator=generator).to(dtype) for _ in range(2))
+        expected = (received.double() + change.double()).to(torch.float32).to(dtype)
+        assert torch.equal(apply_difference(received, change), expected)
+
+
+def test_a_counter_in_a_difference_is_its_new_value() -> None:
+    for kind in (torch.int64, torch.bool, torch.uint8):
+        change = torch.tensor([1, 0]).to(kind)
+        assert apply_difference(torch.tensor([0, 1]).to(kind), change).equal(change)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
