@@ -66,7 +66,7 @@ ROWS: Final[dict[str, str]] = {
     "fsq": '[uplink]\nkind = "fsq"\n',
     "lrq": '[uplink]\nkind = "lrq"\n',
     "auto": "",
-    "auto, wide steps down": "[downlink]\nstep = 8.0\ndead_zone = 0.75\n",
+    "auto, wide steps down": '[downlink]\nkind = "lattice"\nstep = 8.0\ndead_zone = 0.75\n',
 }
 MAIN_ROWS: Final = ("raw", "auto")
 
