@@ -61,18 +61,36 @@ def _exponent_of(tile: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class LatticeEncoding:
-    """Floating tensors in whole steps of 2^exponent, by `fsq`'s entropy coder; whatever has no exponent, or too many steps, raw.
+    """Floating tensors in whole steps of 2^exponent, by `fsq`'s entropy coder; whatever has no exponent, or too many steps, or is
+    in `raw`, raw.
 
     What is smaller than `dead_zone` steps is not sent: whoever carries it along sends it later, with more. Half a step: rounding.
     """
 
     exponents: Mapping[str, int]
     dead_zone: float = 0.5
+    raw: Collection[str] = ()
     kind: ClassVar[str] = "lattice"
 
     def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
         """Plans for all tensors. Deterministic; the seed is not used."""
-        return [_plan(spec, source, self.exponents.get(spec.name), self.dead_zone) for spec, source in tensors]
+        return [
+            _plan(spec, source, None if spec.name in self.raw else self.exponents.get(spec.name), self.dead_zone)
+            for spec, source in tensors
+        ]
+
+    def rounded(self, spec: TensorSpec, source: TileSource) -> TileSource:
+        """The nearest values on a tensor's lattice: what is sent of one that goes raw, so that every version lies on one."""
+        exponent = self.exponents.get(spec.name)
+        if exponent is None or spec.dtype not in LATTICE_DTYPES:
+            return source
+
+        def tile(first: int, count: int) -> Tensor:
+            value = source(first, count)
+            # No negative zeros: they are on no lattice.
+            return ((value.double() * 2.0**-exponent).round() * 2.0**exponent + 0.0).to(value.dtype)
+
+        return tile
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from pathlib import Path
 from torch import Tensor
 
 from fed_core.codecs.base import TileSource
-from fed_core.codecs.lattice import LosslessEncoding
+from fed_core.codecs.lattice import LATTICE_DTYPES, LosslessEncoding
 from fed_core.errors import CorruptError
 from fed_core.payload.manifest import RAW
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import Written, write_payload
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec
+from fed_core.tensors import torch_dtype
 from fed_server.rounds.surroundings import Facilities, Surroundings
 from fed_server.rounds.version import file_sources
 from fed_server.store.base import BroadcastRecord, ModelRecord, Transaction
@@ -205,7 +206,10 @@ class Broadcasts:
                 base_digest=bytes.fromhex(self._models[base].payload_digest),
                 update=None,
                 tensors=[(spec, _sum_of(spec, chain)) for spec in newest.specs],
-                encoding=LosslessEncoding(raw=frozenset(name for step in chain for name in _raw_names(step))),
+                encoding=LosslessEncoding(
+                    raw={name for step in chain for name in _raw_names(step)}
+                    | {spec.name for spec in newest.specs if not _is_exact(spec, chain)}
+                ),
                 new_values={spec.name: source for spec, source in file_sources(newest)},
                 result_digest=lambda: bytes.fromhex(self._models[version].payload_digest),
             )
@@ -213,6 +217,14 @@ class Broadcasts:
 
 def _raw_names(step: PayloadReader) -> set[str]:
     return {entry.spec.name for entry in step.manifest.tensors if entry.codec == RAW}
+
+
+def _is_exact(spec: TensorSpec, chain: list[PayloadReader]) -> bool:
+    """Whether the sum of a tensor's deltas is exact in its own type, as it is unless weights shrink far below what they were."""
+    if spec.dtype not in LATTICE_DTYPES:
+        return True
+    total = sum((step.tensor(spec.name).double() for step in chain[1:]), chain[0].tensor(spec.name).double())
+    return total.to(torch_dtype(spec.dtype)).double().equal(total)
 
 
 def _sum_of(spec: TensorSpec, chain: list[PayloadReader]) -> TileSource:

@@ -18,7 +18,8 @@ _EXPONENTS = (-126, 100)
 
 def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
     """The lattice of a round's delta: steps of so many root mean squares of each tensor's change in this round, never much finer
-    than the weights themselves. What stays below a step is carried along and sent when it has grown."""
+    than the weights themselves. What stays below a step is carried along and sent when it has grown. A tensor that has outgrown its
+    finest steps is sent raw, without them."""
     exponents: dict[str, int] = {}
     for name, spec in change.specs.items():
         if spec.dtype not in LATTICE_DTYPES:
@@ -29,7 +30,8 @@ def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
         if is_vector:
             step, finest = step * 2.0**-_VECTOR_BITS, finest * 2.0**-_VECTOR_BITS
         exponents[name] = _exponent(max(step, finest), change.max_abs[name])
-    return LatticeEncoding(exponents, dead_zone=config.dead_zone)
+    outgrown = frozenset(name for name, exponent in exponents.items() if not change.keeps_exact(name, exponent))
+    return LatticeEncoding(exponents, dead_zone=config.dead_zone, raw=outgrown)
 
 
 def first_error(config: LatticeDownlinkConfig, has_trained_weights: bool) -> float:

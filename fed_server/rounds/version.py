@@ -11,6 +11,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from fed_core.codecs.base import Encoding, TileSource
+from fed_core.codecs.lattice import MAX_STEPS, LatticeEncoding, lattice_exponent
 from fed_core.errors import NotFiniteError
 from fed_core.payload.manifest import RAW
 from fed_core.payload.reader import PayloadReader
@@ -122,7 +123,7 @@ def write_encoded(
     where there is none, w' as a whole model; v' is what a receiver makes of it, to the bit. What the encoding leaves out, w' - v',
     is nowhere stored: it is in the next w' - v again. `encoding_for` chooses the encoding by what has changed since the last master
     weights w. Memory: a few tiles and what the encoding needs. Raises NotFiniteError as `write_whole` does."""
-    meter, change = _ValueMeter(version), ChangeMeter()
+    meter, change = _ValueMeter(version), ChangeMeter(committed=base)
     with paths.master.open("wb+") as file:
         writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
         for spec in specs:
@@ -136,11 +137,11 @@ def write_encoded(
     seen = _ValueMeter(version)
     with SafetensorsReader(paths.master) as moved, paths.model.open("wb+") as file, paths.payload.open("wb+") as out:
         model_writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
-        new_values = {spec.name: source for spec, source in file_sources(moved)}
+        values = {spec.name: source for spec, source in file_sources(moved)}
 
         def change_of(spec: TensorSpec) -> TileSource:
             def tile(first: int, count: int) -> Tensor:
-                value = new_values[spec.name](first, count)
+                value = values[spec.name](first, count)
                 return value if base is None else difference(value, base.read_tile(spec.name, first, count))
 
             return tile
@@ -159,6 +160,10 @@ def write_encoded(
                 identity.append(identify_model(run_id, version, file_sources(made)))
             return identity[0].digest
 
+        encoding = encoding_for(change)
+        new_values = values
+        if isinstance(encoding, LatticeEncoding):
+            new_values = {spec.name: encoding.rounded(spec, values[spec.name]) for spec in specs}
         written = write_payload(
             out,
             kind=common_pb2.PAYLOAD_KIND_DELTA if base is not None else common_pb2.PAYLOAD_KIND_MODEL,
@@ -168,7 +173,7 @@ def write_encoded(
             base_digest=base_digest,
             update=None,
             tensors=[(spec, change_of(spec)) for spec in specs],
-            encoding=encoding_for(change),
+            encoding=encoding,
             seed=seed,
             new_values=new_values,
             result_digest=identify,
@@ -198,8 +203,10 @@ class VersionPaths:
 
 @dataclass
 class ChangeMeter:
-    """What a round did to the master weights, by parameter: |w' - w|^2, |w'|^2, the largest |w'|, and the number of elements."""
+    """What a round did to the master weights, by parameter: |w' - w|^2, |w'|^2, the largest |w'|, and the number of elements.
+    `committed` is the version v that the round began with, if there is one."""
 
+    committed: SafetensorsReader | None = None
     energy: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     max_abs: dict[str, float] = field(default_factory=dict)
@@ -215,6 +222,14 @@ class ChangeMeter:
         self.energy[spec.name] = self.energy.get(spec.name, 0.0) + float(step.dot(step))
         self.weights[spec.name] = self.weights.get(spec.name, 0.0) + float(after.dot(after))
         self.max_abs[spec.name] = max(self.max_abs.get(spec.name, 0.0), float(after.abs().max()))
+
+    def keeps_exact(self, name: str, exponent: int) -> bool:
+        """Whether v and whole steps of 2^exponent add up to w', or what is near it, without rounding. Reads v once."""
+        if self.committed is None:
+            return True
+        base, spec = self.committed, self.specs[name]
+        held = lattice_exponent(spec, lambda first, count: base.read_tile(name, first, count))
+        return held is not None and self.max_abs[name] <= MAX_STEPS * 2.0 ** min(held, exponent)
 
 
 class _ValueMeter:

@@ -181,6 +181,55 @@ async def test_raw_versions_travel_whole_and_as_the_file_that_is_their_identity(
     assert len(lineage.records()) == 3, "nothing had to be made"
 
 
+def outlier() -> list[Weights]:
+    """Weights with a value far from the others: too many steps for a fine version 0, which therefore goes raw."""
+    weights = {"w": 1 + 0.05 * torch.randn(60, 50, generator=torch.Generator().manual_seed(0))}
+    weights["w"][0, 0] = 300.0
+    return walked(weights, [0.05] * 5)
+
+
+def walked(weights: Weights, scales: list[float]) -> list[Weights]:
+    path = [weights]
+    for seed, scale in enumerate(scales):
+        path.append(walk(path[-1], seed, scale))
+    return path
+
+
+PATHS: dict[str, Callable[[], list[Weights]]] = {
+    "an outlier": outlier,
+    "a tensor that grows a million times": lambda: walked({"w": torch.zeros(60, 50)}, [1e-6] * 3 + [1.0] * 3),
+    "a tensor that shrinks a million times": lambda: (
+        walked({"w": torch.full((60, 50), 1000.0)}, [1.0, 1.0]) + walked({"w": torch.zeros(60, 50)}, [1e-3, 1e-3])
+    ),
+    "a negative zero": lambda: walked({"w": torch.tensor([[-0.0, 1.0]] * 30)}, [0.1] * 3),
+    "doubles": lambda: walked(
+        {"w": torch.randn(30, 30, generator=torch.Generator().manual_seed(0)).double()}, [0.1] * 3
+    ),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "downlink",
+    [LatticeDownlinkConfig(), LatticeDownlinkConfig(step=0.01, finest_step=0.0, first_error=1e-8)],
+    ids=["default", "fine"],
+)
+async def test_spans_are_exact_whatever_becomes_of_the_weights(
+    open_lineage: Open, path: str, downlink: DownlinkConfig
+) -> None:
+    lineage = open_lineage(downlink)
+    first, *others = PATHS[path]()
+    lineage.first(first)
+    for weights in others:
+        lineage.step(weights)
+    newest = lineage.newest
+    for base in range(newest):
+        span = await lineage.broadcasts._make_once(newest, base)
+        assert lineage.assemble([span], base) == lineage.models[newest].payload_digest, base
+    whole = await lineage.broadcasts._make_once(newest, WHOLE)
+    assert lineage.assemble([whole]) == lineage.models[newest].payload_digest
+
+
 async def test_over_a_gap_in_the_chain_the_version_goes_whole(open_lineage: Open) -> None:
     lineage = grow(open_lineage(), 4)
     lineage.forget_record(2, 1)
