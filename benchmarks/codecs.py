@@ -107,7 +107,7 @@ class Row:
 FIXED: Final[dict[str, EncodingConfig]] = {
     "uniform 4": UniformConfig(bits=4, block=128),
     "auto": AutoConfig(),
-    "auto matched gain": AutoConfig(match_gain=True),
+    "auto in a cohort of 100": AutoConfig().for_cohort(100),
 }
 FIXED_TOO: Final[dict[str, EncodingConfig]] = {
     "raw": RawConfig(),
@@ -123,9 +123,6 @@ FIXED_TOO: Final[dict[str, EncodingConfig]] = {
 LOSSY: Final[dict[str, Callable[[float], EncodingConfig]]] = {
     "fsq": lambda error: FsqConfig(target_error=error),
     "lrq": lambda error: LrqConfig(target_error=error),
-}
-LOSSY_MATCHED: Final[dict[str, Callable[[float], EncodingConfig]]] = {
-    "lrq matched gain": lambda error: LrqConfig(target_error=error, match_gain=True),
 }
 LOSSY_TOO: Final[dict[str, Callable[[float], EncodingConfig]]] = {
     "fsq without contexts": lambda error: FsqConfig(target_error=error, contexts=False),
@@ -331,6 +328,15 @@ def measure_speeds(row: Row, source: Source, encoding: Encoding) -> None:
     row.add_speed = millions / seconds_of(lambda: total.add_(flat))
 
 
+def _is_timed(source: Source) -> bool:
+    """Early and late updates take as long as those in the middle."""
+    return not source.name.endswith(("early", "late"))
+
+
+def matched_lrq(error: float) -> EncodingConfig:
+    return LrqConfig(target_error=error, match_gain=True)
+
+
 def measure(source: Source, label: str, encoding: EncodingConfig, files: Files, *, most: int = 1) -> Row:
     """One row, with a cohort of at most so many clients; `most` 0 for a point of a curve, which is not timed either."""
     num_bytes, codecs, pair = files.there_and_back(source.first, encoding)
@@ -341,23 +347,24 @@ def measure(source: Source, label: str, encoding: EncodingConfig, files: Files, 
     row.codecs = codecs
     if most:
         row.cohort = files.cohort(source, encoding, most) | {1: found}
-        if not source.name.endswith(("early", "late")):
+        if _is_timed(source):
             measure_speeds(row, source, encoding)
     return row
 
 
 def rows_of(source: Source, files: Files, most: int) -> Iterator[Row]:
     """All rows of a source, with cohorts of at most so many clients."""
-    is_detailed = source.name in DETAILED
+    is_detailed, is_timed = source.name in DETAILED, _is_timed(source)
     for label, encoding in FIXED.items():
         yield measure(source, label, encoding, files, most=most)
     for label, encoding in FIXED_TOO.items() if is_detailed else ():
         yield measure(source, label, encoding, files)
     for label, make in LOSSY.items():
-        yield measure(source, f"{label}, at {TARGET}", files.search(source.first, make, TARGET), files, most=most)
-    for label, make in LOSSY_MATCHED.items():
-        encoding = files.search(source.first, make, MATCHED_TARGET)
-        yield measure(source, f"{label}, at {MATCHED_TARGET:.3f}", encoding, files, most=most)
+        encoding = files.search(source.first, make, TARGET)
+        yield measure(source, f"{label}, at {TARGET}", encoding, files, most=most if is_timed or label == "lrq" else 1)
+    if is_timed:
+        encoding = files.search(source.first, matched_lrq, MATCHED_TARGET)
+        yield measure(source, f"lrq matched gain, at {MATCHED_TARGET:.3f}", encoding, files, most=most)
     for label, make in LOSSY_TOO.items() if is_detailed else ():
         yield measure(source, f"{label}, at {TARGET}", files.search(source.first, make, TARGET), files)
     for label in CURVES if source.name in CURVED else ():
