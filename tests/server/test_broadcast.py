@@ -199,7 +199,7 @@ PATHS: dict[str, Callable[[], list[Weights]]] = {
     "an outlier": outlier,
     "a tensor that grows a million times": lambda: walked({"w": torch.zeros(60, 50)}, [1e-6] * 3 + [1.0] * 3),
     "a tensor that shrinks a billion times": lambda: (
-        [{"w": torch.full((60, 50), 1024.0)}] + walked({"w": torch.zeros(60, 50)}, [1e-6, 1e-6])
+        [{"w": torch.full((60, 50), 1024.0)}, *walked({"w": torch.zeros(60, 50)}, [1e-6, 1e-6])]
     ),
     "a negative zero": lambda: walked({"w": torch.tensor([[-0.0, 1.0]] * 30)}, [0.1] * 3),
     "doubles": lambda: walked(
