@@ -66,11 +66,13 @@ class Broadcasts:
         """The payload with that digest, where it is still kept."""
         return next((r for r in self._records.values() if r.digest == digest and r.is_available), None)
 
-    async def way_to(self, version: int, held: Collection[str]) -> list[BroadcastRecord]:
+    async def way_to(self, version: int, held: Collection[str], *, has_diverged: bool = False) -> list[BroadcastRecord]:
         """The cheapest payloads that lead to a version from those models that a client holds (identities, hex), in order; none
-        where it holds the version."""
+        where it holds the version. Where its additions have come out otherwise than ours, the whole version."""
         if self._models[version].payload_digest in held:
             return []
+        if has_diverged:
+            return [await self._make_once(version, WHOLE)]
         bases = [v for v, model in self._models.items() if v < version and model.payload_digest in held]
         base = max(bases, default=None)
         ways = []

@@ -125,8 +125,9 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
     ) -> participation_pb2.Assignment:
         run = self._coordinator.run_of(assignment)
         model = run.models[assignment.model_version]
-        # What a site made of deltas once and wrongly is not built upon again.
-        held = () if assignment.has_diverged else held_models
+        # As it is now: this poll itself may have told of a divergence.
+        current = run.assignments.get(assignment.assignment_id, assignment)
+        way = await run.broadcasts.way_to(model.version, held_models, has_diverged=current.has_diverged)
         return participation_pb2.Assignment(
             assignment_id=assignment.assignment_id,
             run_id=assignment.run_id,
@@ -137,7 +138,7 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             model=participation_pb2.ModelRef(
                 digest=bytes.fromhex(model.payload_digest),
                 version=model.version,
-                payloads=[broadcast_to_proto(step) for step in await run.broadcasts.way_to(model.version, held)],
+                payloads=[broadcast_to_proto(step) for step in way],
             ),
             plan=run.plan(assignment).to_proto(),
             deadline_seconds=max(0.0, run.deadline_seconds()),

@@ -48,8 +48,11 @@ def test_killed_at_every_step_a_client_goes_on_where_it_was(
 
 def test_without_a_killed_client_the_round_closes_by_quorum_and_names_it(federation: Federation) -> None:
     site = federation.sites[2]
+    until(lambda: site.events("nothing to do"), "the site is there")
+    idle = len(site.events("nothing to do"))
     site.stop()
     site.start(fail_at="client-mid-upload")
+    until(lambda: len(site.events("nothing to do")) > idle, "the site is back")  # or the round would do without it
     federation.submit("client-gone", quorum=2)
     site.wait_killed()
     report = federation.finished("client-gone")

@@ -238,6 +238,13 @@ async def test_over_a_gap_in_the_chain_the_version_goes_whole(open_lineage: Open
     assert ends(await lineage.broadcasts.way_to(1, lineage.held(0))) == [(1, 0)]
 
 
+async def test_to_a_client_that_diverged_the_version_goes_whole(open_lineage: Open) -> None:
+    lineage = grow(open_lineage(), 2, share=0.01)
+    for held in ([0], [1], []):
+        assert ends(await lineage.broadcasts.way_to(2, lineage.held(*held), has_diverged=True)) == [(2, WHOLE)]
+    assert await lineage.broadcasts.way_to(2, lineage.held(2), has_diverged=True) == []
+
+
 async def test_a_chain_too_long_for_an_assignment_is_no_way(
     open_lineage: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
