@@ -471,6 +471,16 @@ def curve_table(rows: Sequence[Row]) -> Table:
     return result
 
 
+def _curve(rows: Sequence[Row], kind: str) -> list[tuple[float, float]]:
+    """Bits and errors of a codec at several settings."""
+    found = [
+        row
+        for row in rows
+        if row.encoding.startswith(f"{kind}, aims") or row.encoding.removeprefix(f"{kind} ").isdecimal()
+    ]
+    return sorted((row.bits, row.vnmse) for row in found if row.bits is not None and row.vnmse is not None)
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Rate and distortion of the Gaussian, with Shannon's bound, and of a real update."""
     import matplotlib
@@ -480,32 +490,22 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     panels = (("gaussian", "Gaussian vector, 2^20"), ("cnn-shards-middle", "Update of a CNN, two digits per client"))
-    styles = {"fsq": ("o-", "C0"), "lrq": ("s-", "C3"), "auto": ("D--", "k"), "uniform": ("^-", "C2")}
+    styles = {"uniform": ("^-", "C2"), "fsq": ("o-", "C0"), "lrq": ("s-", "C3"), "auto": ("D--", "k")}
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for axis, (source, title) in zip(axes, panels, strict=True):
-        own = [row for row in rows if row.source == source and row.bits is not None]
         for kind, (style, colour) in styles.items():
-            is_kind = [
-                row
-                for row in own
-                if row.encoding.startswith((f"{kind}, aims", f"{kind} ")) and "without" not in row.encoding
-            ]
-            points = sorted((row.bits, row.vnmse) for row in is_kind if "stochastic" not in row.encoding)
-            if points:
+            if points := _curve([row for row in rows if row.source == source], kind):
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=kind, markersize=4, alpha=0.8)
-        peers = [(bits, error) for name, bits, error, _ in PEERS if "EDEN" in name]
-        axis.plot(*zip(*peers, strict=True), "x:", color="C1", label="EDEN 1, 2, 4 bits (published)")
-        others = [(bits, error) for name, bits, error, _ in PEERS if "nf4" in name or "int8" in name]
-        axis.plot(
-            *zip(*others, strict=True), "P", color="C4", label="nf4, int8 (formats)" if source == "gaussian" else None
-        )
+        rotated = [(bits, error) for name, bits, error, _ in PEERS if "EDEN" in name]
+        axis.plot(*zip(*rotated, strict=True), "x:", color="C1", label="EDEN, 1, 2 and 4 bits (published)")
         if source == "gaussian":
+            others = [(bits, error) for name, bits, error, _ in PEERS if "nf4" in name or "int8" in name]
+            axis.plot(*zip(*others, strict=True), "P", color="C4", label="nf4, int8 (by their formats)")
             rates = [0.05 * 1.06**index for index in range(90)]
             axis.plot(rates, [4**-rate for rate in rates], "-", color="0.6", label="Shannon's bound")
         axis.axhline(TARGET, color="0.85", zorder=0)
-        axis.set(
-            title=title, xlabel="bits per parameter, the whole payload", xscale="log", yscale="log", ylim=(3e-5, 1.1)
-        )
+        axis.set(title=title, xlabel="bits per parameter, the whole payload")
+        axis.set(xscale="log", yscale="log", ylim=(3e-5, 1.1))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.grid(which="major", alpha=0.25)
         axis.legend(fontsize=8)
