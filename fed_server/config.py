@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
 
 from fed_core.codecs.auto import AutoConfig
-from fed_core.codecs.config import CodecTable
+from fed_core.codecs.config import CodecTable, FeedbackTable
 from fed_core.codecs.registry import EncodingConfig
 from fed_core.errors import ConfigError
 
@@ -374,6 +374,17 @@ class DeltaDownlinkConfig(ConfigTable):
 
     kind: Literal["delta"] = Field(default="delta", description="Deltas in an encoding of your choice.")
     encoding: EncodingConfig = Field(default=AutoConfig(), description="How the differences are encoded.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DeltaDownlinkConfig:
+        if isinstance(self.encoding, FeedbackTable) and self.encoding.feedback:
+            _refuse(
+                {
+                    "encoding.feedback": "is for an uplink only; delete it: what a delta loses stays in the coordinator's master "
+                    "weights and is part of the next one anyway"
+                }
+            )
+        return self
 
 
 class RawDownlinkConfig(ConfigTable):

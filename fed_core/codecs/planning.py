@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 from fed_core.codecs.base import Analysis, Cost, TensorPlan, TileSource
-from fed_core.codecs.config import CodecTable
+from fed_core.codecs.config import FeedbackTable
 from fed_core.codecs.entropy import Coder
 from fed_core.codecs.floating import is_lossy
 from fed_core.codecs.raw import raw_plan
@@ -67,7 +67,7 @@ class Aim:
     max_tensor_error: float = 0.5
 
 
-class LossyTable(CodecTable):
+class LossyTable(FeedbackTable):
     """What all lossy encodings have in common. Buffers and tensors of other types are sent raw, small vectors by `uniform`."""
 
     target_error: float = Field(

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fed_core.codecs.base import TensorPlan, TileSource
-from fed_core.codecs.config import CodecTable
+from fed_core.codecs.config import FeedbackTable
 from fed_core.codecs.floating import TILE, check_lossy, is_lossy, narrow
 from fed_core.codecs.raw import raw_plan
 from fed_core.errors import PayloadError
@@ -136,7 +136,7 @@ def uniform_plan(
     return TensorPlan(UniformCodec.kind, None, next(fitting), encode)
 
 
-class UniformConfig(CodecTable):
+class UniformConfig(FeedbackTable):
     """A grid of 2^bits - 1 values per block, with zero in the middle."""
 
     kind: Literal["uniform"] = Field(
