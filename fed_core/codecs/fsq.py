@@ -93,6 +93,8 @@ _COUNTED_BODIES: Final = 4
 
 _SAMPLE: Final = 2**16
 _PIECE: Final = 2**7
+# Up to here a sample's pieces are read together: each read costs as much as some 2^14 coordinates, where they are a product.
+_READ_WHOLE: Final = _SAMPLE // _PIECE * 2**14
 _GOLDEN: Final = (math.sqrt(5) - 1) / 2
 
 
@@ -346,6 +348,7 @@ class FsqAnalysis:
         ]
         self._costs: dict[float, Cost] = {}
         self._last: tuple[float, _Design | None] | None = None
+        self._axes: tuple[float, tuple[bool, bool]] | None = None
 
     def cost(self, step: float) -> Cost:
         """Bits of head and bodies, and squared error, from the sample: within a few percent. Some milliseconds after the first."""
@@ -452,13 +455,26 @@ class FsqAnalysis:
             starts, length = np.zeros(1, np.int64), self._num_coordinates
         else:
             starts, length = self._piece_starts(), _PIECE
-        # Copies: a tile is good until the next one only.
-        values = np.concatenate([self._tile(start, length).numpy().astype(np.float64) for start in starts.tolist()])
+        values = self._pieces(starts, length)
         rows, columns = np.divmod((starts[:, None] + np.arange(length)).reshape(-1), self._num_columns)
         weights = np.ones(len(values))
         if len(values) < self._num_coordinates:
             weights = self._weights(rows, columns)
         return _Sample(values, rows, columns, weights)
+
+    def _pieces(self, starts: NDArray[np.int64], length: int) -> Floats:
+        """The coordinates of pieces that begin at ascending starts: alone, or out of longer reads where they are close."""
+        values = np.empty((len(starts), length))
+        span = max(length, TILE if self._num_coordinates <= _READ_WHOLE else 0)
+        done = 0
+        while done < len(starts):
+            first = int(starts[done])
+            stop = int(np.searchsorted(starts, first + span - length, side="right"))
+            # A tile is good until the next one only: what is kept of it is copied.
+            tile = self._tile(first, int(starts[stop - 1]) + length - first).numpy()
+            values[done:stop] = tile[(starts[done:stop] - first)[:, None] + np.arange(length)]
+            done = stop
+        return values.reshape(-1)
 
     def _piece_starts(self) -> NDArray[np.int64]:
         place = (np.arange(_SAMPLE // _PIECE) + 0.5) / (_SAMPLE // _PIECE)
@@ -468,7 +484,7 @@ class FsqAnalysis:
         # Multiples of the golden ratio spread evenly whatever their number.
         column = np.arange(len(row)) * _GOLDEN % 1 * max(0, self._num_columns - _PIECE)
         starts: NDArray[np.int64] = row * self._num_columns + column.astype(np.int64)
-        return np.minimum(starts, self._num_coordinates - _PIECE)
+        return np.sort(np.minimum(starts, self._num_coordinates - _PIECE))
 
     def _weights(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Floats:
         row_strata, column_strata = (
@@ -509,9 +525,7 @@ class FsqAnalysis:
         active = np.flatnonzero(t >= MIN_DEAD_ZONE)
         t, weights = t[active], self._sample.weights[active]
         m = round_sample(t, np.zeros(len(t), np.int64), None if self._lattice else FIRST)
-        scales, side, _, totals, groups = min(
-            (self._scheme(step, active, m, *axes) for axes in self._schemes), key=lambda scheme: scheme.bits
-        )
+        scales, side, _, totals, groups = self._best_scheme(step, active, m)
         roundings = None
         for _ in range(0 if self._lattice else 2):
             roundings = _moments(totals, groups, t, m, weights).cheapest(totals)
@@ -526,6 +540,17 @@ class FsqAnalysis:
 
     def _shifts(self, moments: Moments) -> NDArray[np.int64]:
         return np.zeros((len(moments.counts), 3), np.int64) if self._lattice else moments.shifts()
+
+    def _best_scheme(self, step: float, active: NDArray[np.intp], m: Floats) -> _Scheme:
+        """The scheme with the fewest bits. Which one that is hardly depends on the step: all are tried again where it has changed
+        by a factor of four."""
+        if self._axes and abs(math.log2(step / self._axes[0])) < 2:
+            return self._scheme(step, active, m, *self._axes[1])
+        best, axes = min(
+            ((self._scheme(step, active, m, *axes), axes) for axes in self._schemes), key=lambda tried: tried[0].bits
+        )
+        self._axes = step, axes
+        return best
 
     def _scheme(self, step: float, active: NDArray[np.intp], m: Floats, by_row: bool, by_column: bool) -> _Scheme:
         """The scales of rows or columns or both or none, of which groups are made for the magnitudes m of the active part of the
