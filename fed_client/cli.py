@@ -294,6 +294,9 @@ def _status(state: StateDirectory) -> dict[str, Any]:
         "assignments": live.get("assignments", []),
         "spooled": [{"assignment": stem, "bytes": size} for stem, size in _sizes(state.spool, ".update")],
         "cached": [{"model": stem, "bytes": size} for stem, size in _sizes(state.cache, ".payload")],
+        "carried": [
+            {"run": run.name, "bytes": sum(size for _, size in _sizes(run, ""))} for run in _runs(state.carried)
+        ],
         "free_bytes": shutil.disk_usage(state.root).free,
     }
 
@@ -303,6 +306,11 @@ def _sizes(folder: Path, suffix: str) -> Iterator[tuple[str, int]]:
     for path in sorted(folder.glob(f"*{suffix}")):
         with suppress(FileNotFoundError):
             yield path.stem, path.stat().st_size
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Folders of runs, in the order of their names."""
+    return sorted(path for path in folder.glob("*") if path.is_dir())
 
 
 def _print_status(report: dict[str, Any]) -> None:
@@ -329,6 +337,11 @@ def _print_status(report: dict[str, Any]) -> None:
     if report["cached"]:
         cached_bytes = sum(each["bytes"] for each in report["cached"])
         console.print(f"in the cache: models: {len(report['cached'])}, {cached_bytes:,} bytes", markup=False)
+    if report["carried"]:
+        carried_bytes = sum(each["bytes"] for each in report["carried"])
+        console.print(
+            f"carried to later updates: runs: {len(report['carried'])}, {carried_bytes:,} bytes", markup=False
+        )
 
 
 def main() -> None:

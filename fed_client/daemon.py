@@ -26,6 +26,7 @@ from typing import Any
 import structlog
 
 from fed_client.cache import ModelCache
+from fed_client.carried import CarriedState
 from fed_client.download import Downloads
 from fed_client.exit_codes import ExitCode, exit_code_of
 from fed_client.models import Models
@@ -69,6 +70,7 @@ class Daemon:
         self._ended: queue.SimpleQueue[ExitCode] = queue.SimpleQueue()
         self._table = WorkTable()
         self._spool = Spool(state.spool)
+        self._carried = CarriedState(state.carried, keep=settings.carried_runs)
         self._cache = ModelCache(state.cache, keep=settings.cache_models)
         self._question = Question()
         self._sources = make_trainers(settings, state)
@@ -102,18 +104,23 @@ class Daemon:
         progress = ProgressReporter(transport, self._on_dropped, self._fatal)
         outbox = Outbox(transport, self._discard, self._fatal)
         self._progress = progress
+        self._carried.sweep()
         for spooled in self._spool.scan():
             held = Held(spooled.assignment, common_pb2.WORK_PHASE_SPOOLED, spooled)
             self._table.add(held)
             progress.update(held.assignment_id, common_pb2.WORK_PHASE_SPOOLED)
             structlog.get_logger().info("found in the spool", bytes=spooled.total_bytes, **held.log_fields)
-        uploader = Uploader(transport, self._spool, self._table, progress, outbox, self._discard, self._fatal)
+        uploader = Uploader(
+            transport, self._spool, self._carried, self._table, progress, outbox, self._discard, self._fatal
+        )
         worker = Worker(
             self._settings,
+            transport,
             self._offered,
             Models(Downloads(transport, self._cache), self._cache),
             self._cache,
             self._spool,
+            self._carried,
             self._table,
             self._question,
             progress,

@@ -259,12 +259,13 @@ def poll_request(
 
 def _problem(assignment: participation_pb2.Assignment, workloads: Mapping[str, str]) -> str:
     """Why this site cannot do an assignment; empty where it can."""
-    try:
-        checked_id(assignment.assignment_id)
-    except InvalidError as error:
-        return str(error)
     if assignment.kind not in (common_pb2.ASSIGNMENT_KIND_TRAIN, common_pb2.ASSIGNMENT_KIND_EVALUATE):
         return f"assignments of kind {assignment.kind} are unknown to this version of fed-client; update it"
+    try:
+        checked_id(assignment.assignment_id)
+        checked_id(assignment.run_id, "run id")
+    except InvalidError as error:
+        return str(error)
     if assignment.workload.name not in workloads:
         return (
             f"workload {assignment.workload.name!r} is not offered here; offered are {', '.join(workloads) or 'none'}"

@@ -177,6 +177,11 @@ class Settings(BaseSettings):
     cache_models: int = Field(
         2, ge=1, description="Models kept besides those in use; what changed since one of them is all that is fetched"
     )
+    carried_runs: int = Field(
+        8,
+        ge=1,
+        description="Runs besides those at work for which is kept what earlier updates left behind for later ones",
+    )
 
     log_format: LogFormat = Field("auto", description="pretty, json, or auto: pretty on a terminal")
     log_level: LogLevel = "info"

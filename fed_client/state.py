@@ -6,6 +6,7 @@ lock             held by the running daemon; holds its process id
 status.json      what the running daemon is doing, for `fed-client status`; never read back
 cache/           models, and what they are being made of (cache.py)
 spool/           encoded updates by assignment (spool.py)
+carried/         what updates left behind for the next ones, by run (carried.py)
 trainer.log      what the user's training code printed
 """
 
@@ -46,16 +47,16 @@ class Identity:
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def is_safe_id(assignment_id: str) -> bool:
-    """Whether an assignment id may become a file name here."""
-    return _SAFE_ID.fullmatch(assignment_id) is not None
+def is_safe_id(text: str) -> bool:
+    """Whether an id may become a file name here."""
+    return _SAFE_ID.fullmatch(text) is not None
 
 
-def checked_id(assignment_id: str) -> str:
-    """An assignment id becomes a file name here, so one that could leave its folder is refused with InvalidError."""
-    if not is_safe_id(assignment_id):
-        raise InvalidError(f"assignment id {assignment_id!r} is not 1 to 100 characters of [A-Za-z0-9._-]; refused")
-    return assignment_id
+def checked_id(text: str, what: str = "assignment id") -> str:
+    """An id becomes a file name here, so one that could leave its folder is refused with InvalidError."""
+    if not is_safe_id(text):
+        raise InvalidError(f"{what} {text!r} is not 1 to 100 characters of [A-Za-z0-9._-]; refused")
+    return text
 
 
 class StateDirectory:
@@ -65,6 +66,7 @@ class StateDirectory:
         self.root = root
         self.cache = root / "cache"
         self.spool = root / "spool"
+        self.carried = root / "carried"
         self.trainer_log = root / "trainer.log"
         self._identity = root / "identity.json"
         self._enrollment = root / "enrollment.json"
@@ -77,7 +79,7 @@ class StateDirectory:
         try:
             with disk_errors_named(self.root):
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for folder in (self.cache, self.spool):
+                for folder in (self.cache, self.spool, self.carried):
                     folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise ConfigError(

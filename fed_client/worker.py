@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from fed_client.cache import ModelCache
+from fed_client.carried import CarriedState, settle_earlier
 from fed_client.durable import SiteDiskFullError
 from fed_client.models import Models, WayLostError
 from fed_client.question import Question
@@ -49,10 +50,12 @@ class Worker:
     def __init__(
         self,
         settings: Settings,
+        transport: Transport,
         trainers: Mapping[str, Trainer],
         models: Models,
         cache: ModelCache,
         spool: Spool,
+        carried: CarriedState,
         table: WorkTable,
         question: Question,
         progress: ProgressReporter,
@@ -62,10 +65,12 @@ class Worker:
     ) -> None:
         """`trainers` maps the names of the workloads offered; it is filled before `run`."""
         self._settings = settings
+        self._transport = transport
         self._trainers = trainers
         self._models = models
         self._cache = cache
         self._spool = spool
+        self._carried = carried
         self._table = table
         self._question = question
         self._progress = progress
@@ -85,6 +90,7 @@ class Worker:
             except Exception as error:
                 self._end(held, error, log)
             self._cache.trim(self._in_use())
+            self._carried.trim({each.assignment.run_id for each in self._table.held()})
 
     def refuse(self, held: Held, problem: str) -> None:
         """Gives up an assignment that this site cannot do; the caller has it in hand."""
@@ -152,9 +158,12 @@ class Worker:
         plan, refused = apply_overrides(TrainingPlan.from_proto(assignment.plan), overrides)
         if refused:
             log.warning("overrides that this run does not allow are left out", refused=refused)
+        carried, run_id, assignment_id = self._carried, assignment.run_id, assignment.assignment_id
+        carried.drop(run_id, assignment_id)  # of an earlier life that got no further
+        settle_earlier(self._transport, carried, run_id, held.stop, log)
         job = TrainJob(
-            assignment_id=assignment.assignment_id,
-            run_id=assignment.run_id,
+            assignment_id=assignment_id,
+            run_id=run_id,
             round=assignment.round,
             model_version=assignment.model.version,
             model_path=self._cache.path(assignment.model.digest),
@@ -162,13 +171,22 @@ class Worker:
             plan=plan,
             fingerprint=assignment.fingerprint.hex(),
             uplink=assignment.uplink,
-            out_path=self._spool.path(assignment.assignment_id),
+            out_path=self._spool.path(assignment_id),
+            carried=carried.promoted(run_id, assignment.fingerprint),
+            carry_to=carried.prefix(run_id, assignment_id),
         )
         self._begin(held, common_pb2.WORK_PHASE_TRAINING)
         with held.stop.interrupting(trainer.cancel):
             result = trainer.train(job, self._watch(held, trainer, common_pb2.WORK_PHASE_TRAINING))
         held.stop.check()
-        spooled = self._spool.add(assignment, bytes.fromhex(result.digest), result.total_bytes)
+        digest = bytes.fromhex(result.digest)
+        for problem in result.not_carried:
+            log.warning("carried state cleared", reason=problem)
+        if result.carried is not None:
+            # Before the update may be sent: what it leaves behind must be there when it is counted.
+            carried.add(run_id, assignment_id, digest, assignment.fingerprint, result.carried)
+        failpoint("client-carried")
+        spooled = self._spool.add(assignment, digest, result.total_bytes)
         failpoint("client-spooled")
         self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_SPOOLED)
         log.info("trained", **_trained(result))
@@ -213,6 +231,7 @@ class Worker:
     def _end(self, held: Held, error: Exception, log: Any) -> None:
         if self._table.is_closed:
             return
+        self._carried.drop(held.assignment.run_id, held.assignment_id)  # what was not offered was not counted
         if held.stop.is_set or isinstance(error, StoppedError):
             log.info("dropped", reason=held.stop.reason)
             self._discard(held)
@@ -251,7 +270,7 @@ def encoding_name(uplink: str) -> str:
         kind = str(config.pop("kind"))
     except (ValueError, TypeError, KeyError):
         return repr(uplink[:100])
-    options = ", ".join(f"{name} {value}" for name, value in config.items())
+    options = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
     return f"{kind} ({options})" if options else kind
 
 
@@ -278,6 +297,7 @@ class Uploader:
         self,
         transport: Transport,
         spool: Spool,
+        carried: CarriedState,
         table: WorkTable,
         progress: ProgressReporter,
         outbox: Outbox,
@@ -286,6 +306,7 @@ class Uploader:
     ) -> None:
         self._transport = transport
         self._spool = spool
+        self._carried = carried
         self._table = table
         self._progress = progress
         self._outbox = outbox
@@ -309,6 +330,8 @@ class Uploader:
             self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_UPLOADING, done, total)
 
         receipt = deliver(self._transport, held.spooled, held.stop, uploaded, log)
+        # Before the spool forgets the update: after a crash in between it is offered again, and the receipt repeated.
+        self._carried.settle(held.assignment.run_id, held.assignment_id, receipt.digest)
         self._discard(held)
         log.info("uploaded", bytes=held.spooled.total_bytes)
         if receipt.digest != held.spooled.digest:
@@ -317,6 +340,9 @@ class Uploader:
     def _end(self, held: Held, error: Exception, log: Any) -> None:
         if self._table.is_closed:
             return
+        # A poll that drops it may do so because it was received: what it left behind stays until the coordinator is asked.
+        if isinstance(error, NoLongerNeededError | NotFoundError | PermissionDeniedError):
+            self._carried.drop(held.assignment.run_id, held.assignment_id)
         if isinstance(error, StoppedError | NoLongerNeededError | NotFoundError | PermissionDeniedError):
             log.info("dropped", reason=str(error))
             self._discard(held)
@@ -328,6 +354,8 @@ class Uploader:
             self._outbox.put(held, verdict_of(held, error))
         elif isinstance(error, InvalidError):
             log.warning("update refused", error=str(error))
+            # What was carried into this update may be what is wrong with it, and would be in the next one too.
+            self._carried.clear(held.assignment.run_id, "an update was refused")
             self._spool.remove(held.assignment_id)
             self._outbox.put(held, failure(held, participation_pb2.FAILURE_KIND_UPDATE_REFUSED, str(error)))
         else:

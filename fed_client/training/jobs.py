@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fed_client.training.loop import train
+from fed_client.training.residual import RESIDUAL, FedBack, Update, write_with_feedback
 from fed_client.training.trainer import MODEL_DAMAGED
 from fed_core.batches import check_metric_names, choose_device, evaluate, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
@@ -25,7 +26,7 @@ from fed_core.payload.assemble import DivergedError, assemble_model
 from fed_core.payload.manifest import UpdateInfo
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.verify import verify_file
-from fed_core.payload.writer import write_payload
+from fed_core.payload.writer import OnDecoded, Written, write_payload
 from fed_core.plan import TrainingPlan
 from fed_core.specs import TensorSpec, explain_difference, fingerprint
 from fed_core.tensors import check_finite, difference, load_tensors, model_specs, model_tensors
@@ -151,6 +152,8 @@ class SiteJobs:
         fingerprint: str,
         uplink: str,
         out_path: str,
+        carried: dict[str, tuple[str, str]],
+        carry_to: str | None,
         on_progress: OnProgress,
     ) -> Json:
         encoding = _encoding(uplink)
@@ -171,22 +174,31 @@ class SiteJobs:
             )
             update = _update(model, base, specs)
         del model  # an encoding may need room, and the update is all that is left to do
-        with reproducible(training.seed, training.num_threads), _published(Path(out_path)) as file:
-            try:
-                written = write_payload(
-                    file,
-                    kind=common_pb2.PAYLOAD_KIND_UPDATE,
-                    run_id=run_id,
-                    round=round,
-                    model_version=model_version,
-                    base_digest=bytes.fromhex(base_digest),
-                    update=info,
-                    tensors=update,
-                    encoding=encoding,
-                    seed=training.seed,
-                )
-            except PayloadError as error:
-                raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
+
+        def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
+            with reproducible(training.seed, training.num_threads), _published(Path(out_path)) as file:
+                try:
+                    return write_payload(
+                        file,
+                        kind=common_pb2.PAYLOAD_KIND_UPDATE,
+                        run_id=run_id,
+                        round=round,
+                        model_version=model_version,
+                        base_digest=bytes.fromhex(base_digest),
+                        update=info,
+                        tensors=tensors,
+                        encoding=encoding,
+                        seed=training.seed,
+                        on_decoded=on_decoded,
+                    )
+                except PayloadError as error:
+                    raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
+
+        fed_back: FedBack | None = None
+        if encoding.wants_feedback and carry_to is not None:
+            residual = carried.get(RESIDUAL)
+            fed_back = write_with_feedback(write, update, residual, Path(f"{carry_to}.{RESIDUAL}"))
+        written = fed_back.written if fed_back is not None else write(update)
         return {
             "digest": written.digest.hex(),
             "total_bytes": written.total_bytes,
@@ -199,6 +211,8 @@ class SiteJobs:
             "is_partial": outcome.is_partial,
             "seconds": outcome.seconds,
             "metrics": dict(outcome.metrics),
+            "carried": fed_back.carried if fed_back is not None else None,
+            "not_carried": fed_back.problems if fed_back is not None else [],
         }
 
     def _evaluate(
@@ -254,12 +268,12 @@ def _open_model(path: str, digest: str) -> PayloadReader:
         raise CorruptError(f"{path} has rotted or is gone: {error}", offset=0) from error
 
 
-def _update(model: nn.Module, base: PayloadReader, specs: Sequence[TensorSpec]) -> list[tuple[TensorSpec, Tensor]]:
+def _update(model: nn.Module, base: PayloadReader, specs: Sequence[TensorSpec]) -> Update:
     """What training changed, each tensor checked for NaN and infinity before anything is encoded. Takes the model's gradients;
     memory: the update, and one tensor."""
     model.zero_grad(set_to_none=True)
     local = model_tensors(model)
-    update = []
+    update: Update = []
     for spec in specs:
         change = difference(local[spec.name].cpu(), base.tensor(spec.name, verify=True))
         check_finite(spec.name, change)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,7 +68,10 @@ class AssembleResult:
 @dataclass(frozen=True, slots=True)
 class TrainJob:
     """Train from a model payload and write an update payload. Digests are in hex; `uplink` is the encoding of the update as the
-    coordinator's JSON; `out_path`'s folder exists."""
+    coordinator's JSON; `out_path`'s folder exists.
+
+    `carried` is what earlier updates of the run left behind, (path, digest) by kind; what this one leaves behind goes to `carry_to`
+    with `.<kind>` appended, in a folder that need not exist. Without `carry_to` nothing is carried over."""
 
     assignment_id: str
     run_id: str
@@ -80,12 +83,17 @@ class TrainJob:
     fingerprint: str
     uplink: str
     out_path: Path
+    carried: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    carry_to: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
     """An update that lies durably at the job's `out_path`, and how it came about. `error` and `gain` say what its encoding cost
-    (payload.proto, UpdateInfo), `codecs` how many tensors each codec got."""
+    (payload.proto, UpdateInfo), `codecs` how many tensors each codec got.
+
+    `carried` names what it leaves behind, durably, at the job's `carry_to`: digests by kind, none where what was left is lost; None
+    where such an update leaves nothing behind. `not_carried` says why something of it is lost."""
 
     digest: str
     total_bytes: int
@@ -98,6 +106,8 @@ class TrainResult:
     is_partial: bool
     seconds: float
     metrics: Mapping[str, float]
+    carried: Mapping[str, str] | None = None
+    not_carried: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +190,8 @@ class Trainer:
             "fingerprint": job.fingerprint,
             "uplink": job.uplink,
             "out_path": str(job.out_path),
+            "carried": {kind: [str(path), digest] for kind, (path, digest) in job.carried.items()},
+            "carry_to": str(job.carry_to) if job.carry_to is not None else None,
         }
         return TrainResult(**self._call(request, on_progress))
 

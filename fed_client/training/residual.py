@@ -1,0 +1,162 @@
+"""Error feedback: what the encoding of an update loses is added to the next one.
+
+With u the update of this round, e the residual and C what the encoding makes of a tensor and the receiver decodes again:
+
+    x = u + e        C(x) is sent        e' = x - C(x)
+
+Summed over rounds, what was decoded is what was trained less the last residual: nothing is lost, it is late. Seide et al. 2014
+(1-bit SGD); Stich, Cordonnier and Jaggi 2018, https://arxiv.org/abs/1809.07599, algorithm 1; Karimireddy et al. 2019,
+https://arxiv.org/abs/1901.09847, algorithm 2. What differs here: u is a whole round of local training and not a gradient, so there
+is no learning rate in it; a client that is not selected keeps its residual as it is, however old it grows; and e' takes the
+place of e only once the coordinator has counted the update (fed_client/carried.py).
+
+The residual holds what the site's data taught and was not sent. It never leaves the site but as part of a later update, so whatever
+bounds an update for privacy, a norm or noise, must come after the residual was added, and must see x.
+
+Parameters of a floating type have a residual, in their own type; buffers, integers and complex numbers are sent without loss or are
+no sum of updates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final, Self
+
+from torch import Tensor
+
+from fed_client.durable import publish
+from fed_core.codecs.floating import is_lossy
+from fed_core.errors import PayloadError
+from fed_core.payload.writer import OnDecoded, Written
+from fed_core.safetensors_tiles import SafetensorsReader, SafetensorsWriter, tensors_digest
+from fed_core.specs import PARAMETER, TensorSpec, explain_difference
+from fed_core.tensors import apply_difference, difference
+
+RESIDUAL: Final = "residual"
+"""Its kind among what a site carries over."""
+
+Update = list[tuple[TensorSpec, Tensor]]
+
+
+def has_residual(spec: TensorSpec) -> bool:
+    """Whether what an encoding loses of this tensor is carried over."""
+    return spec.role == PARAMETER and is_lossy(spec)
+
+
+def add_residual(update: Update, path: Path, digest: str) -> str:
+    """Adds the residual to the update, whose tensors are replaced. `digest` is that of the file's values, in hex.
+
+    Returns what kept it from doing so, empty where nothing did. A file that is gone, damaged or another model's leaves the update
+    as it is; a tensor that would leave its type's range does without its residual. Memory: two tensors."""
+    try:
+        with SafetensorsReader(path) as reader:
+            problem = explain_difference([spec for spec, _ in update if has_residual(spec)], reader.specs)
+            if problem:
+                return f"the residual is another model's: {problem}"
+            if tensors_digest(reader).hex() != digest:
+                return "the residual on this site's disk is damaged"
+            for index, (spec, change) in enumerate(update):
+                if has_residual(spec):
+                    total = apply_difference(change, reader.tensor(spec.name))
+                    if not total.isfinite().all():
+                        problem = f"with its residual, tensor {spec.name!r} leaves the range of {spec.dtype}"
+                    else:
+                        update[index] = (spec, total)
+            return problem
+    except (PayloadError, OSError) as error:
+        return f"the residual cannot be read: {error}"
+
+
+@dataclass(frozen=True, slots=True)
+class FedBack:
+    """What came of an update that was written with error feedback: the residual's digest by its kind, nothing where there is none
+    to carry over; and why the old or the new one was given up."""
+
+    written: Written
+    carried: dict[str, str]
+    problems: list[str]
+
+
+def write_with_feedback(
+    write: Callable[[Update, OnDecoded | None], Written],
+    update: Update,
+    residual: tuple[str, str] | None,
+    next_residual: Path,
+) -> FedBack:
+    """Adds the residual, a path and its digest in hex, to the update, which changes; writes it; and leaves the next one durably at
+    `next_residual`. Whatever is wrong with either file costs what it holds and never the update."""
+    problems = [add_residual(update, Path(residual[0]), residual[1])] if residual is not None else []
+    with _NextResidual(next_residual, update) as following:
+        written = write(update, following.keep)
+        carried = following.finish(written.fidelity.error)
+    return FedBack(written, carried, [problem for problem in (*problems, following.problem) if problem])
+
+
+class _NextResidual:
+    """Writes what the encoding of an update loses, as the tiles of it are decoded. `problem` says why there is nothing to carry
+    over; a disk that is full or broken costs the residual and not the training.
+
+    Memory: a few tiles; a tensor that does not lie in memory in the order of its coordinates is copied.
+    """
+
+    def __init__(self, path: Path, update: Sequence[tuple[TensorSpec, Tensor]]) -> None:
+        """The file gets its name, `path`, by `finish`. `update` is what is encoded, and stays as it is until then."""
+        self.problem = ""
+        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+        self._file: BinaryIO | None = None
+        self._exact = {spec.name: change.reshape(-1) for spec, change in update if has_residual(spec)}
+        with self._sparing_the_training():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            self._file = self._temporary.open("wb")
+            self._writer = SafetensorsWriter(self._file, [spec for spec, _ in update if has_residual(spec)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._give_up("")
+
+    def keep(self, spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
+        """Takes what a receiver will decode (`write_payload`, on_decoded)."""
+        exact = self._exact.get(spec.name)
+        if exact is not None and not self.problem:
+            with self._sparing_the_training():
+                self._writer.write_tile(spec.name, first, difference(exact[first : first + len(decoded)], decoded))
+
+    def finish(self, error: float) -> dict[str, str]:
+        """Makes the residual durable under its name, all tiles being there: {kind: digest in hex}, for the record of what is
+        carried over. Nothing where there was a problem. `error` is |x - x'|^2 / |x|^2 over the update: at 1 and above the encoding
+        does more harm than sending nothing, and its residual would grow from round to round."""
+        if error >= 1 and not self.problem:
+            self._give_up(f"the encoding lost more than all there was, its error is {error:.3g}")
+        if self._file is not None:
+            with self._sparing_the_training():
+                self._writer.finish()
+                os.fsync(self._file.fileno())
+                digest = tensors_digest(self._temporary).hex()
+                publish(self._temporary, self._path)
+                return {RESIDUAL: digest}
+        return {}
+
+    @contextmanager
+    def _sparing_the_training(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._give_up(f"the residual cannot be written: {error}")
+
+    def _give_up(self, problem: str) -> None:
+        """Nothing is left of what was not published, least of all the room that it took."""
+        self.problem = self.problem or problem
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
