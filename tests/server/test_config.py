@@ -94,8 +94,8 @@ ENCODINGS = [
     '{ kind = "mask", values = "bfloat16" }',
     '{ kind = "fsq", feedback = false, target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", '
     "contexts = false }",
-    '{ kind = "lrq", feedback = false, target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", max_rank = 3, '
-    "residual = false }",
+    '{ kind = "lrq", feedback = false, target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", '
+    "max_rank = 3, residual = false }",
 ]
 EVERY_OPTION += [
     f'{MINIMAL}uplink = {encoding}\ndownlink = {{ kind = "delta", encoding = {encoding} }}\n' for encoding in ENCODINGS
@@ -307,7 +307,7 @@ def _default(field: FieldInfo) -> str:
         ('downlink = { kind = "lattice", step = 0 }', "downlink.step: expected more than 0, at most 1024, got 0"),
         ('downlink = { kind = "raw", step = 2 }', "did you mean 'downlink.step', which needs kind = \"lattice\"?"),
         ('downlink = { kind = "delta", encoding = { kind = "raw", bit = 3 } }', "downlink.encoding.bit: there is no such key"),
-        ('downlink.kind = "delta"\ndownlink.encoding = { kind = "fsq", feedback = true }', "downlink.encoding.feedback: is for an uplink"),
+        ('downlink = { kind = "delta", encoding = { kind = "fsq", feedback = true } }', "downlink.encoding.feedback: is for an up"),
         ('downlink = { kind = "delta", encoding = { bits = 3 } }', 'downlink.encoding: has no kind; add kind = "auto", "raw"'),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.target: needs a measured metric"),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.patience: needs a measured metric"),
