@@ -34,6 +34,8 @@ _BITMAP, _CLASSES, _RICE = range(3)
 _MAX_LOW_BITS: Final = (MAX_BODY_COORDINATES - 1).bit_length()
 # Gaps below this are classes of their own; larger ones share four classes an octave, as the integers of `tokens` do.
 _NUM_DIRECT: Final = 16
+# The symbol of the first class: a table from zero on might be mirrored.
+_FIRST_CLASS: Final = 1
 # Fewer survivors do not pay for a table.
 _LEAST_CLASSED: Final = 64
 
@@ -178,8 +180,8 @@ def _write_classes(gaps: Positions, coder: Coder) -> bytes:
     lengths = np.frexp(np.maximum(gaps, 1).astype(np.float64))[1].astype(np.int64)
     shifts = np.maximum(lengths - 3, 0)
     classes = np.where(gaps < _NUM_DIRECT, gaps, _NUM_DIRECT + 4 * (lengths - 5) + (gaps >> shifts & 3))
-    table = FrequencyTable.from_counts(0, np.bincount(classes))
-    symbols = encode_symbols([(classes, table)], coder)
+    table = FrequencyTable.from_counts(_FIRST_CLASS, np.bincount(classes))
+    symbols = encode_symbols([(classes + _FIRST_CLASS, table)], coder)
     offsets, widths = gaps - _BASES[classes], _WIDTHS[classes]
     planes = [(offsets[widths > bit] >> bit & 1).astype(np.uint8) for bit in range(int(widths.max()))]
     packed = np.packbits(np.concatenate([np.empty(0, np.uint8), *planes]), bitorder="little").tobytes()
@@ -188,9 +190,11 @@ def _write_classes(gaps: Positions, coder: Coder) -> bytes:
 
 def _read_classes(reader: ByteReader, count: int) -> Positions:
     table = read_table(reader, len(_BASES))
-    if table.lowest < 0 or table.lowest + len(table.frequencies) > len(_BASES):
-        raise PayloadError(f"a table of gaps from class {table.lowest} on; expected classes 0 to {len(_BASES) - 1}")
+    last = table.lowest + len(table.frequencies) - 1
+    if table.lowest < _FIRST_CLASS or last >= _FIRST_CLASS + len(_BASES):
+        raise PayloadError(f"a table of gaps of classes {table.lowest} to {last}; expected 1 to {len(_BASES)}")
     (classes,) = decode_symbols(reader.take(reader.varint()), [(count, table)])
+    classes -= _FIRST_CLASS
     gaps, widths = _BASES[classes], _WIDTHS[classes]
     num_bits = int(widths.sum())
     bits = _unpack(reader.take((num_bits + 7) // 8), num_bits)

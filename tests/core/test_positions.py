@@ -157,12 +157,13 @@ def rice(count: int, low_bits: int, planes: bytes, unary: bytes) -> bytes:
         (rice(2, 1, b"\x00", bytes(30) + b"\x03"), "31 bytes of unary gaps between 100 coordinates"),
         (rice(2, 20, b"\x03" * 20, b"\x03"), "a gap of 1048575 between 100 coordinates"),
         (rice(3, 6, b"\x07" * 6, b"\x07"), "the position 191 among 100 coordinates"),
-        (b"\x02\x01\x20\x00", "wants 1 more bytes"),
-        (b"\x02\x01\x20\x01", "a table of gaps from class -1 on"),
-        (b"\x02\x01\x20\xa8\x01\x01\x00", "a table of gaps from class 84 on"),
-        (b"\x02\x01\x20\x9e\x01\x01\x00", "wants 5 more bytes where 0 are left"),
-        (b"\x02\x01\x20\x9e\x01\x01\x00" + bytes(5), "a gap of 917504 between 100 coordinates"),
-        (b"\x02\x01\x20\x9e\x01\x01\x00" + b"\xff" * 5, "not filled with zeros"),
+        (b"\x02\x01\x20\x01", "a table of gaps of classes -1 to -1; expected 1 to 80"),
+        (b"\x02\x01\x20\x00", "a table of gaps of classes 0 to 0"),
+        (b"\x02\x01\x20\x02", "wants 1 more bytes"),
+        (b"\x02\x01\x20\xa2\x01\x01\x00", "a table of gaps of classes 81 to 81"),
+        (b"\x02\x01\x20\xa0\x01\x01\x00", "wants 5 more bytes where 0 are left"),
+        (b"\x02\x01\x20\xa0\x01\x01\x00" + bytes(5), "a gap of 917504 between 100 coordinates"),
+        (b"\x02\x01\x20\xa0\x01\x01\x00" + b"\xff" * 5, "not filled with zeros"),
     ],
 )
 def test_what_is_no_positions_is_refused(data: bytes, what: str) -> None:
@@ -171,7 +172,7 @@ def test_what_is_no_positions_is_refused(data: bytes, what: str) -> None:
 
 
 def test_the_last_class_reaches_as_far_as_a_body() -> None:
-    of_class = b"\x01\x20\x9e\x01\x01\x00"
+    of_class = b"\x01\x20\xa0\x01\x01\x00"
     assert read(b"\x01" + of_class + b"\xff\xff\x01", 2**20) == [2**20 - 1]
     with pytest.raises(PayloadError, match="the position 2097151 among 1048576 coordinates"):
         read(b"\x02" + of_class + b"\xff\xff\xff\xff\x03", 2**20)
