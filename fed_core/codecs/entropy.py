@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -382,7 +382,6 @@ def _checked_table(lowest: int, frequencies: NDArray[np.int64]) -> FrequencyTabl
 # ------------------------------------------------------------------------------------------------------------------------ symbols
 
 # What remains to be coded: parts that are not empty and whose table has more than one symbol.
-_Parts = Sequence[tuple[int, FrequencyTable]]
 _Coded = Sequence[tuple[Ints, FrequencyTable]]
 
 
@@ -412,20 +411,40 @@ def decode_symbols(data: bytes | memoryview, parts: Sequence[tuple[int, Frequenc
     Raises PayloadError unless `data` is just that and nothing else, and where it takes `constriction` and that is not installed.
     Memory is a small multiple of what is returned.
     """
-    data = memoryview(data).cast("B")
     coded = [(count, table) for count, table in parts if count and table.num_symbols > 1]
-    coding = data[0] if len(data) else None
-    if coding not in _DECODERS or (coding == _NOTHING) != (not coded):
-        raise PayloadError(
-            f"{len(data)} bytes of symbols begin with {coding}, which is no coding of {len(coded)} parts"
-        )
-    decoded = iter(_DECODERS[coding](data[1:], coded))
-    return [
-        _from_indices(next(decoded), table)
-        if count and table.num_symbols > 1
-        else np.full(count, table.lowest, np.int32)
-        for count, table in parts
-    ]
+    reader = SymbolReader(data, sum(_packed_bytes(count, table.num_symbols) for count, table in coded))
+    decoded = [reader.read(count, table) for count, table in parts]
+    reader.done()
+    return decoded
+
+
+class SymbolReader:
+    """The same part by part, where the table of a part follows from the symbols before it.
+
+    `max_packed_bytes` bounds the memory that packed symbols may take: two for each symbol are always enough. Raises PayloadError,
+    as `decode_symbols` does.
+    """
+
+    def __init__(self, data: bytes | memoryview, max_packed_bytes: int) -> None:
+        data = memoryview(data).cast("B")
+        coding = data[0] if len(data) else None
+        if coding not in _SOURCES:
+            raise PayloadError(f"{len(data)} bytes of symbols begin with {coding}, which is no coding")
+        self._source = _SOURCES[coding](data[1:], max_packed_bytes)
+        self._is_needed = coding == _NOTHING
+
+    def read(self, count: int, table: FrequencyTable) -> Ints:
+        """The next `count` symbols, int32."""
+        if not count or table.num_symbols == 1:
+            return np.full(count, table.lowest, np.int32)
+        self._is_needed = True
+        return _from_indices(self._source.take(count, table), table)
+
+    def done(self) -> None:
+        """Raises PayloadError where data are left, or there were none to read."""
+        if not self._is_needed:
+            raise PayloadError("coded symbols where there is nothing to say")
+        self._source.done()
 
 
 def max_symbol_bytes(parts: Sequence[tuple[int, FrequencyTable]]) -> int:
@@ -458,10 +477,24 @@ def _from_indices(indices: Ints, table: FrequencyTable) -> Ints:
     return symbols
 
 
-def _decode_nothing(data: memoryview, parts: _Parts) -> list[Ints]:
-    if len(data):
-        raise PayloadError(f"{len(data)} bytes of symbols where there is nothing to say")
-    return []
+class _Source(Protocol):
+    def take(self, count: int, table: FrequencyTable) -> Ints:
+        """Positions among the symbols that occur, of which there are at least two; at least one."""
+        ...
+
+    def done(self) -> None: ...
+
+
+class _NothingSource:
+    def __init__(self, data: memoryview, max_packed_bytes: int) -> None:
+        if len(data):
+            raise PayloadError(f"{len(data)} bytes of symbols where there is nothing to say")
+
+    def take(self, count: int, table: FrequencyTable) -> Ints:
+        raise PayloadError(f"no bytes for {count} symbols of which each says something")
+
+    def done(self) -> None:
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the rANS
@@ -488,26 +521,36 @@ def _model(table: FrequencyTable, constriction: ModuleType) -> Any:
 
 def _encode_rans(indices: _Coded, constriction: ModuleType) -> bytes:
     stack = constriction.stream.stack.AnsCoder(_FIRST_STATE)
+    models = {table: _model(table, constriction) for _, table in indices}
     for index, table in reversed(indices):
-        stack.encode_reverse(index, _model(table, constriction))
+        stack.encode_reverse(index, models[table])
     words: NDArray[np.uint32] = stack.get_compressed()
     # The last word is never zero, but its high bytes may be; they are understood.
     return words.astype("<u4").tobytes().rstrip(b"\0")
 
 
-def _decode_rans(data: memoryview, parts: _Parts) -> list[Ints]:
-    constriction = _constriction()
-    if not constriction:
-        raise PayloadError("values are coded by rANS, which takes a package: run `pip install constriction`")
-    if len(data) and not data[-1]:
-        raise PayloadError("rANS data that ends in a zero byte")
-    words = np.frombuffer(bytes(data) + bytes(-len(data) % 4), "<u4").astype(np.uint32)
-    stack = constriction.stream.stack.AnsCoder(words)
-    decoded = [stack.decode(_model(table, constriction), count) for count, table in parts]
-    # Every symbol taken back leads to where the encoder began: a check of the length, not a digest.
-    if stack.get_compressed().tolist() != _FIRST_STATE.tolist():
-        raise PayloadError("rANS data that is not of the length of its symbols, or damaged")
-    return decoded
+class _RansSource:
+    def __init__(self, data: memoryview, max_packed_bytes: int) -> None:
+        constriction = _constriction()
+        if not constriction:
+            raise PayloadError("values are coded by rANS, which takes a package: run `pip install constriction`")
+        if len(data) and not data[-1]:
+            raise PayloadError("rANS data that ends in a zero byte")
+        words = np.frombuffer(bytes(data) + bytes(-len(data) % 4), "<u4").astype(np.uint32)
+        self._constriction = constriction
+        self._stack = constriction.stream.stack.AnsCoder(words)
+        self._models: dict[FrequencyTable, Any] = {}
+
+    def take(self, count: int, table: FrequencyTable) -> Ints:
+        if table not in self._models:
+            self._models[table] = _model(table, self._constriction)
+        indices: Ints = self._stack.decode(self._models[table], count)
+        return indices
+
+    def done(self) -> None:
+        # Every symbol taken back leads to where the encoder began: a check of the length, not a digest.
+        if self._stack.get_compressed().tolist() != _FIRST_STATE.tolist():
+            raise PayloadError("rANS data that is not of the length of its symbols, or damaged")
 
 
 # ------------------------------------------------------------------------------------------------ symbols packed in bytes, deflated
@@ -554,24 +597,37 @@ def _encode_deflated(indices: _Coded) -> bytes:
     return b"".join(deflater.compress(_pack(index, table.num_symbols)) for index, table in indices) + deflater.flush()
 
 
-def _decode_deflated(data: memoryview, parts: _Parts) -> list[Ints]:
-    sizes = [_packed_bytes(count, table.num_symbols) for count, table in parts]
-    num_bytes = sum(sizes)
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        inflated = inflater.decompress(data, num_bytes + 1)
-    except zlib.error as error:
-        raise PayloadError(f"packed symbols do not inflate: {error}") from error
-    if len(inflated) != num_bytes or not inflater.eof or inflater.unused_data:
-        raise PayloadError(f"packed symbols do not inflate to just {num_bytes} bytes")
-    return _each(_unpack, np.frombuffer(inflated, np.uint8), sizes, parts)
+class _BytesSource:
+    """Parts that lie in whole bytes, one after the other."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self._at = 0
+
+    def _next(self, num_bytes: int) -> NDArray[np.uint8]:
+        if num_bytes > len(self._data) - self._at:
+            raise PayloadError(f"{num_bytes} bytes of symbols where {len(self._data) - self._at} are left")
+        self._at += num_bytes
+        return self._data[self._at - num_bytes : self._at]
+
+    def done(self) -> None:
+        if self._at != len(self._data):
+            raise PayloadError(f"symbols are followed by {len(self._data) - self._at} bytes that nothing explains")
 
 
-def _each(
-    unpack: Callable[[NDArray[np.uint8], int, int], Ints], data: NDArray[np.uint8], sizes: list[int], parts: _Parts
-) -> list[Ints]:
-    chunks = np.split(data, np.cumsum(sizes)[:-1])
-    return [unpack(chunk, count, table.num_symbols) for chunk, (count, table) in zip(chunks, parts, strict=True)]
+class _DeflatedSource(_BytesSource):
+    def __init__(self, data: memoryview, max_packed_bytes: int) -> None:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            inflated = inflater.decompress(data, max_packed_bytes + 1)
+        except zlib.error as error:
+            raise PayloadError(f"packed symbols do not inflate: {error}") from error
+        if len(inflated) > max_packed_bytes or not inflater.eof or inflater.unused_data:
+            raise PayloadError(f"packed symbols do not inflate to at most {max_packed_bytes} bytes")
+        super().__init__(inflated)
+
+    def take(self, count: int, table: FrequencyTable) -> Ints:
+        return _unpack(self._next(_packed_bytes(count, table.num_symbols)), count, table.num_symbols)
 
 
 # ----------------------------------------------------------------------------------------------------------------- plain bit fields
@@ -597,11 +653,12 @@ def _from_bits(data: NDArray[np.uint8], count: int, num_symbols: int) -> Ints:
     return _in_alphabet(np.packbits(bits).view(">u2").astype(np.int32), num_symbols)
 
 
-def _decode_plain(data: memoryview, parts: _Parts) -> list[Ints]:
-    sizes = [_plain_bytes(count, table.num_symbols) for count, table in parts]
-    if len(data) != sum(sizes):
-        raise PayloadError(f"plain symbols of {len(data)} bytes; expected {sum(sizes)}")
-    return _each(_from_bits, np.frombuffer(data, np.uint8), sizes, parts)
+class _PlainSource(_BytesSource):
+    def __init__(self, data: memoryview, max_packed_bytes: int) -> None:
+        super().__init__(data)
+
+    def take(self, count: int, table: FrequencyTable) -> Ints:
+        return _from_bits(self._next(_plain_bytes(count, table.num_symbols)), count, table.num_symbols)
 
 
 def _in_alphabet(indices: Ints, num_symbols: int) -> Ints:
@@ -610,9 +667,9 @@ def _in_alphabet(indices: Ints, num_symbols: int) -> Ints:
     return indices
 
 
-_DECODERS: Final[dict[int | None, Callable[[memoryview, _Parts], list[Ints]]]] = {
-    _NOTHING: _decode_nothing,
-    _RANS: _decode_rans,
-    _DEFLATED: _decode_deflated,
-    _PLAIN: _decode_plain,
+_SOURCES: Final[dict[int | None, Callable[[memoryview, int], _Source]]] = {
+    _NOTHING: _NothingSource,
+    _RANS: _RansSource,
+    _DEFLATED: _DeflatedSource,
+    _PLAIN: _PlainSource,
 }
