@@ -185,7 +185,7 @@ class Worker:
         if result.carried is not None:
             # Before the update may be sent: what it leaves behind must be there when it is counted.
             carried.add(run_id, assignment_id, digest, assignment.fingerprint, result.carried)
-        failpoint("client-carried")
+            failpoint("client-carried")
         spooled = self._spool.add(assignment, digest, result.total_bytes)
         failpoint("client-spooled")
         self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_SPOOLED)

@@ -29,6 +29,8 @@ from fedstream.v1 import common_pb2, participation_pb2
 from tests.client.lineage import Lineage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tests.client.conftest import FakeCoordinator
 
 # A model of 2 MiB, so that transfers have a middle.
@@ -48,11 +50,12 @@ WORKLOAD = """
             return nn.Linear(2**19, 1, bias=False)
 
         def train_data(self, site):
-            site.allow_options("seconds", "exit")
+            site.allow_options("seconds", "exit", "spread")
             self.seconds = site.number("seconds", 0.0)
             self.exits = site.flag("exit")
             print("data was read")
-            return torch.zeros(4, 2**19), torch.ones(4, 1)
+            spread = site.number("spread", 0.0)
+            return torch.linspace(-spread, spread, 2**21).reshape(4, 2**19), torch.ones(4, 1)
 
         def evaluation_data(self, site):
             return torch.zeros(3, 2**19), torch.ones(3, 1)
@@ -148,6 +151,9 @@ class Site:
 
     def spool(self) -> list[str]:
         return sorted(path.name for path in (self.state / "spool").iterdir())
+
+    def carried(self) -> list[str]:
+        return sorted(path.name for path in (self.state / "carried" / "r1").iterdir())
 
     def cache(self) -> list[str]:
         return sorted(path.name for path in (self.state / "cache").iterdir())
@@ -374,6 +380,66 @@ def test_a_full_disk_at_the_site_is_reported_and_the_daemon_lives(
 # -- models ------------------------------------------------------------------------------------------------------------
 
 MakeAssignment = Callable[..., participation_pb2.Assignment]
+
+
+def sent(coordinator: FakeCoordinator, assignment_id: str, folder: Path) -> Tensor:
+    """What arrives of an update."""
+    from fed_core.payload.reader import PayloadReader
+
+    path = folder / f"{assignment_id}.received"
+    path.write_bytes(coordinator.received[assignment_id])
+    with PayloadReader(path) as reader:
+        return reader.tensor("weight", verify=True)
+
+
+@pytest.mark.slow
+def test_what_a_coarse_code_loses_is_sent_later_whoever_is_killed_in_between(
+    coordinator: FakeCoordinator,
+    site: Site,
+    assignment: Callable[..., participation_pb2.Assignment],
+    tmp_path: Path,
+) -> None:
+    from fed_core.safetensors_tiles import SafetensorsReader
+
+    spread = ("--option", "spread=0.001")
+    coarse = '{"kind": "uniform", "bits": 2, "block": 65536, "feedback": true}'
+    coordinator.want(assignment("a0"))  # the same training, sent as it is
+    site.start(*spread)
+    site.until(lambda: site.events("uploaded"))
+    assert not (site.state / "carried" / "r1").exists()
+    site.processes[-1].kill()
+
+    coordinator.want(assignment("a1", uplink=coarse))
+    assert site.start(*spread, fail_at="client-carried").wait(60) == -signal.SIGKILL
+    assert site.start(*spread, fail_at="client-before-promotion").wait(60) == -signal.SIGKILL
+    assert "a1" in coordinator.receipts
+    assert site.carried() == ["a1.json", "a1.residual"]
+    assert site.start(*spread, fail_at="client-promoted").wait(60) == -signal.SIGKILL
+    assert site.carried() == ["a1.residual", "promoted"]
+    assert site.spool() == ["a1.json", "a1.update"]
+    site.start(*spread)
+    coordinator.want(assignment("a2", uplink=coarse))
+    site.until(lambda: len(site.events("uploaded")) == 3)
+    coordinator.upload_faults.append((1, NoLongerNeededError("the round closed")))
+    coordinator.want(assignment("a3", uplink=coarse))
+    site.until(lambda: site.events("dropped"))
+    coordinator.want(assignment("a4", uplink=coarse))
+    site.until(lambda: len(site.events("uploaded")) == 4)
+    assert site.carried() == ["a4.residual", "promoted"]
+    assert len(site.events("trained")) == 5
+
+    trained = sent(coordinator, "a0", tmp_path)
+    arrived = [sent(coordinator, name, tmp_path) for name in ("a1", "a2", "a4")]
+    with SafetensorsReader(site.state / "carried" / "r1" / "a4.residual") as reader:
+        left = reader.tensor("weight")
+    scale = float(trained.abs().max())
+    assert scale > 0
+    assert float((arrived[0] - trained).abs().max()) > 0.05 * scale
+    assert float((sum(arrived) + left - 3 * trained).abs().max()) < 1e-5 * scale
+
+    status = json.loads(_run("status", "--state-dir", str(site.state), "--json").stdout)
+    assert [(each["run"], each["bytes"] > 2**21) for each in status["carried"]] == [("r1", True)]
+    assert "carried to later updates: runs: 1, 2,0" in _run("status", "--state-dir", str(site.state)).stdout
 
 
 def base_of(coordinator: FakeCoordinator, assignment_id: str) -> bytes:

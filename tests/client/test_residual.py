@@ -308,7 +308,7 @@ def test_an_encoding_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(values=st.lists(st.lists(st.integers(-1000, 1000), min_size=5, max_size=5), min_size=1, max_size=6))
 def test_a_residual_never_grows_beyond_what_a_two_bit_code_can_lose(
     tmp_path_factory: pytest.TempPathFactory, values: list[list[int]]

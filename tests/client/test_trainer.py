@@ -31,6 +31,7 @@ from fed_core.batches import reproducible
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import write_payload
 from fed_core.plan import OptimizerPlan, TrainingPlan
+from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec, fingerprint
 from fed_core.tensors import difference, load_tensors, model_specs, model_tensors
 from fed_core.workload import Site, initial_model, load_workload
@@ -246,6 +247,40 @@ def test_an_update_is_local_minus_received(trainer: Trainer, job: TrainJob) -> N
     assert tensors["norm.num_batches_tracked"] == 6
     assert tensors["first.weight"].abs().max() > 0
     assert tensors["norm.running_mean"].abs().max() > 0
+
+
+def test_what_an_encoding_loses_is_carried_to_the_next_update(trainer: Trainer, job: TrainJob, tmp_path: Path) -> None:
+    exact = tensors_of(job.out_path, trainer.train(job))
+    job = replace(job, uplink='{"kind": "uniform", "bits": 2, "feedback": true}', carry_to=tmp_path / "run" / "a1")
+    first = trainer.train(job)
+    assert first.carried is not None
+    assert (list(first.carried), first.not_carried) == (["residual"], [])
+    path, arrived = tmp_path / "run" / "a1.residual", tensors_of(job.out_path, first)
+    next_job = replace(job, carried={"residual": (path, first.carried["residual"])}, carry_to=tmp_path / "run" / "a2")
+    second = trainer.train(next_job)
+    with SafetensorsReader(tmp_path / "run" / "a2.residual") as left:
+        for name in ("first.weight", "first.bias", "norm.weight"):
+            sent = arrived[name] + tensors_of(job.out_path, second)[name]
+            assert not torch.equal(arrived[name], exact[name])
+            assert torch.allclose(sent + left.tensor(name), 2 * exact[name], atol=1e-6)
+        assert "norm.running_mean" not in [spec.name for spec in left.specs]
+
+    path.write_bytes(b"rotten")
+    damaged = trainer.train(next_job)
+    assert damaged.not_carried[0].startswith("the residual cannot be read: a1.residual is not a usable")
+    assert tensors_of(job.out_path, damaged)["first.weight"].equal(arrived["first.weight"])
+    assert damaged.carried == first.carried
+
+
+def test_without_feedback_nothing_is_carried(trainer: Trainer, job: TrainJob, tmp_path: Path) -> None:
+    result = trainer.train(replace(job, carry_to=tmp_path / "run" / "a1"))
+    assert (result.carried, result.not_carried) == (None, [])
+    assert not (tmp_path / "run").exists()
+
+
+def tensors_of(path: Path, result: TrainResult) -> dict[str, torch.Tensor]:
+    with PayloadReader(path, bytes.fromhex(result.digest)) as update:
+        return update.tensors(verify=True)
 
 
 def test_the_update_is_that_of_the_same_training_in_this_process(trainer: Trainer, job: TrainJob) -> None:
