@@ -41,6 +41,25 @@ CASES = {
         ("mid-fold", "after-commit"),
         "client-assembled",
     ),
+    "sign": Case('{ kind = "sign" }', '{ kind = "lattice" }', ("mid-fold", "before-commit"), "client-spooled"),
+    "ternary": Case(
+        '{ kind = "ternary", fraction = 0.3 }',
+        '{ kind = "raw" }',
+        ("update-durable", "after-commit"),
+        "client-assembled",
+    ),
+    "topk": Case(
+        '{ kind = "topk", fraction = 0.5, values = { kind = "raw" } }',
+        '{ kind = "delta", encoding = { kind = "topk" } }',
+        ("mid-upload:2", "mid-fold:2"),
+        "client-mid-assemble",
+    ),
+    "randomk": Case(
+        '{ kind = "randomk", fraction = 0.5, values = { kind = "raw" } }',
+        '{ kind = "lattice" }',
+        ("mid-upload:2", "before-commit"),
+        "client-mid-upload:2",
+    ),
     "auto": Case(
         f'{{ kind = "auto", {FINE} }}', '{ kind = "delta" }', ("update-durable", "before-commit"), "client-mid-download"
     ),
@@ -88,3 +107,38 @@ def test_whatever_the_encoding_kills_do_not_change_a_bit(federation: Federation,
     assert codecs <= CODECS_OF[kind] | {"raw"}
     assert codecs & CODECS_OF[kind] or kind == "raw"
     assert report.rounds[0].state == runs_pb2.ROUND_STATE_COMMITTED
+
+
+def test_a_site_that_carries_over_what_it_lost_is_killed_around_every_promotion(federation: Federation) -> None:
+    """The coordinator is killed too, after it has counted an update and before the receipt leaves."""
+    coordinator, site = federation.coordinator, federation.sites[0]
+    coarse = {"uplink": '{ kind = "uniform", bits = 2, feedback = true }'}
+    federation.submit("feedback-well", site=site, rounds=4, **coarse)
+    expected = federation.finished("feedback-well")
+    federation.submit("feedback-none", site=site, rounds=4, uplink='{ kind = "uniform", bits = 2 }')
+    assert digests(federation.finished("feedback-none"))[:2] == digests(expected)[:2]
+    assert digests(federation.report("feedback-none"))[2:] != digests(expected)[2:]
+
+    points = ["client-carried", "client-spooled", "client-before-promotion:2", "client-promoted:2", "client-promoted"]
+    site.stop()
+    coordinator.kill()
+    coordinator.start(fail_at="update-durable:2")
+    site.start(fail_at=points.pop(0))
+    federation.submit("feedback-killed", site=site, rounds=4, **coarse)
+
+    def are_all_killed() -> bool:
+        if not coordinator.is_running:
+            coordinator.wait_killed()
+            coordinator.start()
+        if not site.is_running:
+            site.wait_killed()
+            site.start(fail_at=points.pop(0) if points else None)
+        return coordinator.fail_at is None and site.fail_at is None
+
+    until(are_all_killed, f"kills left: {points}", 240)
+    report = federation.finished("feedback-killed")
+    assert digests(report) == digests(expected)
+    assert losses(report) == losses(expected)
+    carried = site.state / "carried" / report.run.run_id
+    left = ["", ".residual"]
+    until(lambda: sorted(path.suffix for path in carried.iterdir()) == left, "what the kills left is swept")
