@@ -9,7 +9,7 @@ nothing for those that are left out, and two neighbours hardly ever go together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Final, Literal
 
@@ -18,6 +18,7 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from fed_core.codecs.base import TensorPlan, TileSource
@@ -25,17 +26,17 @@ from fed_core.codecs.config import FeedbackTable
 from fed_core.codecs.entropy import ByteReader, varint
 from fed_core.codecs.floating import TILE, check_lossy
 from fed_core.codecs.nested import (
+    VALUES,
+    UniformValues,
     ValuesConfig,
     ValuesDecoder,
     body_coordinates,
     max_value_bytes,
     plan_values,
-    refuse,
     write_values_head,
 )
 from fed_core.codecs.positions import Positions
 from fed_core.codecs.sparsity import Tensors, plan_parameters
-from fed_core.codecs.uniform import UniformConfig
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_BYTES
 from fed_core.specs import TensorSpec
@@ -81,11 +82,12 @@ class _RandomkDecoder:
         self._places, self._values = places, values
 
     def decode(self, first: int, body: bytes | memoryview, out: Tensor) -> None:
-        """Zeros, then the values. Takes some 40 bytes for each of these."""
-        positions, _ = self._places.draw(first, len(out))
-        values = self._values.decode(first, memoryview(body), len(positions))
+        """Zeros, then the values. Takes as much memory as these, and that of a run."""
+        values = self._values.decode(first, memoryview(body), self._places.count(len(out)))
         out.zero_()
-        out.index_copy_(0, torch.from_numpy(positions), values)
+        for positions, _ in self._places.runs(first, len(out)):
+            out.index_copy_(0, torch.from_numpy(positions), values[: len(positions)])
+            values = values[len(positions) :]
 
 
 class Places:
@@ -95,23 +97,30 @@ class Places:
         self.density, self.seed = density, seed
 
     def count(self, num_coordinates: int) -> int:
-        """How many are drawn of a run of at most 2^16 coordinates."""
-        return -(-num_coordinates * self.density >> _DENSITY_BITS)
+        """How many are drawn of so many coordinates."""
+        num_runs, rest = divmod(num_coordinates, TILE)
+        return num_runs * self._of_run(TILE) + self._of_run(rest)
+
+    def _of_run(self, length: int) -> int:
+        return -(-length * self.density >> _DENSITY_BITS)
 
     def draw(self, first: int, num_coordinates: int) -> tuple[Positions, NDArray[np.int64]]:
         """The places in a body that begins at coordinate `first`, ascending, and the lengths of their strata."""
-        starts = range(0, num_coordinates, TILE)
-        runs = [self._bounds(start, min(TILE, num_coordinates - start)) for start in starts]
-        begins, widths = np.concatenate([run[:-1] for run in runs]), np.concatenate([np.diff(run) for run in runs])
-        drawn = _splitmix(self.seed, begins + first) >> np.uint64(32)
-        # Both are below 2^32, and no product wraps.
-        drawn *= widths.view(np.uint64)
-        drawn >>= np.uint64(32)
-        return begins + drawn.view(np.int64), widths
+        positions, widths = zip(*self.runs(first, num_coordinates), strict=True)
+        return np.concatenate(positions), np.concatenate(widths)
 
-    def _bounds(self, start: int, length: int) -> NDArray[np.int64]:
-        count = self.count(length)
-        return np.arange(count + 1) * length // count + start
+    def runs(self, first: int, num_coordinates: int) -> Iterator[tuple[Positions, NDArray[np.int64]]]:
+        """The same, run by run."""
+        for start in range(0, num_coordinates, TILE):
+            length = min(TILE, num_coordinates - start)
+            count = self._of_run(length)
+            bounds = np.arange(count + 1) * length // count + start
+            widths = np.diff(bounds)
+            drawn = _splitmix(self.seed, bounds[:-1] + first) >> np.uint64(32)
+            # Both are below 2^32, and no product wraps.
+            drawn *= widths.view(np.uint64)
+            drawn >>= np.uint64(32)
+            yield bounds[:-1] + drawn.view(np.int64), widths
 
 
 def _splitmix(seed: int, counters: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -131,7 +140,7 @@ class Survivors:
 
     def __init__(self, spec: TensorSpec, places: Places, *, unbiased: bool) -> None:
         self._num_coordinates = spec.num_elements
-        self._largest = torch.finfo(torch_dtype(spec.dtype)).max
+        self._largest = min(torch.finfo(torch_dtype(spec.dtype)).max, torch.finfo(torch.float32).max)
         self.places, self._unbiased = places, unbiased
 
     @cached_property
@@ -141,12 +150,14 @@ class Survivors:
         return np.array([self.places.count(min(TILE, self._num_coordinates - start)) for start in starts])
 
     def values(self, first: int, tile: Tensor) -> Tensor:
-        """In order; what would be beyond the type becomes its largest number."""
+        """In order. None is scaled beyond its type or float32."""
         positions, widths = self.places.draw(first, len(tile))
         values = tile[torch.from_numpy(positions)]
         if not self._unbiased:
             return values
-        return values.double().mul_(torch.from_numpy(widths)).clamp_(-self._largest, self._largest).to(values.dtype)
+        exact = values.double()
+        limits = exact.abs().clamp_(min=self._largest)
+        return (exact * torch.from_numpy(widths)).clamp_(-limits, limits).to(values.dtype)
 
 
 def randomk_plan(spec: TensorSpec, survivors: Survivors, values: TensorPlan) -> TensorPlan:
@@ -171,25 +182,23 @@ class RandomkConfig(FeedbackTable):
         default=0.25,
         gt=0,
         le=1,
-        description="Share of an update's values that are sent, of every tensor the same.",
+        description="Share of an update's values that are sent, the same of every tensor.",
     )
     unbiased: bool = Field(
         default=True,
         description="Scale values by 1/fraction, so that the estimate is right on average; its error is 1/fraction - 1. Off: the "
         "error is 1 - fraction, and updates are as much shorter.",
     )
-    values: ValuesConfig = Field(
-        default=UniformConfig(bits=4, block=128, rounding="stochastic"),
-        description="How values are encoded: raw, cast, uniform or fsq, with its keys. `uniform` with stochastic rounding keeps "
-        "the estimate unbiased.",
-    )
+    values: ValuesConfig = Field(default=UniformValues(rounding="stochastic"), description=VALUES)
 
     @model_validator(mode="after")
     def _check(self) -> RandomkConfig:
         if self.feedback and self.unbiased:
-            refuse(
-                "feedback",
-                "needs unbiased = false: what scaling up adds to an update would come back in the next, and grow",
+            problem = (
+                "needs unbiased = false: what scaling up adds to an update would come back in the next one, and grow"
+            )
+            raise PydanticCustomError(
+                "cross_field", "fields contradict each other", {"problems": {"feedback": problem}}
             )
         return self
 

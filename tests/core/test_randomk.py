@@ -11,14 +11,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fed_core.codecs.entropy import varint
-from fed_core.codecs.fsq import FsqConfig
-from fed_core.codecs.nested import AnyValues
+from fed_core.codecs.nested import AnyValues, FsqValues, UniformValues
 from fed_core.codecs.randomk import Places, RandomkCodec, RandomkConfig
 from fed_core.codecs.raw import RawConfig
-from fed_core.codecs.uniform import UniformConfig
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_BYTES
 from fed_core.specs import BUFFER, TensorSpec
+from fed_core.tensors import torch_dtype
 from tests.core.coding import FLOATS, decode, encode, memory_of, normal, source_of, spec_of
 
 RANDOMK = RandomkCodec()
@@ -101,7 +100,7 @@ def test_what_is_drawn_comes_back_scaled_and_the_others_are_zero(fraction: float
 
 
 @pytest.mark.parametrize(
-    "values", [RawConfig(), UniformConfig(bits=4, block=128, rounding="stochastic")], ids=lambda values: values.kind
+    "values", [RawConfig(), UniformValues(bits=4, block=128, rounding="stochastic")], ids=lambda values: values.kind
 )
 @pytest.mark.parametrize("fraction", [0.1, 0.3])
 def test_it_is_unbiased_over_seeds(fraction: float, values: AnyValues) -> None:
@@ -127,7 +126,7 @@ def test_scaled_down_it_loses_what_is_not_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [RawConfig(), UniformConfig(rounding="stochastic"), FsqConfig()], ids=lambda v: v.kind
+    "values", [RawConfig(), UniformValues(rounding="stochastic"), FsqValues()], ids=lambda v: v.kind
 )
 def test_the_seed_and_the_name_rule_the_places(values: AnyValues) -> None:
     tensor, config = normal((200, 300)), RandomkConfig(values=values)
@@ -150,7 +149,7 @@ def test_values_need_no_more_than_their_own_bytes() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_bodies_are_within_their_bounds(dtype: str) -> None:
     tensor = normal((1_100_000,), dtype)
-    for values in (RawConfig(), UniformConfig(bits=8, block=32), FsqConfig()):
+    for values in (RawConfig(), UniformValues(bits=8, block=32), FsqValues()):
         (plan,) = RandomkConfig(fraction=1, values=values).plan([(spec_of(tensor), source_of(tensor))], seed=0)
         for body in encode(plan, tensor):
             least, most = RANDOMK.body_bytes(spec_of(tensor), body.num_coordinates)
@@ -159,11 +158,18 @@ def test_bodies_are_within_their_bounds(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_scaling_would_make_infinite_is_the_largest_number(dtype: str) -> None:
-    largest = torch.finfo(normal((1,), dtype).dtype).max
-    tensor = torch.full((20, 20), largest if dtype != "float64" else 3e38).to(normal((1,), dtype).dtype)
+    largest = min(torch.finfo(torch_dtype(dtype)).max, torch.finfo(torch.float32).max)
+    tensor = torch.full((20, 20), largest, dtype=torch_dtype(dtype))
+    for values in (RawConfig(), UniformValues()):
+        decoded = through(tensor, RandomkConfig(fraction=0.25, values=values)).double()
+        assert bool(decoded.isfinite().all())
+        assert float(decoded.max()) == pytest.approx(largest, rel=2**-7)
+
+
+def test_what_is_beyond_float32_itself_is_not_touched() -> None:
+    tensor = torch.full((20, 20), -1e300, dtype=torch.float64)
     decoded = through(tensor, RandomkConfig(fraction=0.25, values=RawConfig()))
-    assert bool(decoded.isfinite().all())
-    assert float(decoded.double().max()) == (largest if dtype != "float64" else 4 * float(tensor[0, 0]))
+    assert decoded.unique().tolist() == [-1e300, 0]
 
 
 def test_buffers_are_raw_and_small_vectors_uniform() -> None:

@@ -13,11 +13,9 @@ from torch import Tensor
 from fed_core.codecs.base import TensorPlan
 from fed_core.codecs.cast import CastConfig
 from fed_core.codecs.entropy import varint
-from fed_core.codecs.fsq import FsqConfig
-from fed_core.codecs.nested import AnyValues, ValuesConfig
+from fed_core.codecs.nested import AnyValues, FsqValues, UniformValues, ValuesConfig
 from fed_core.codecs.raw import RawConfig
 from fed_core.codecs.topk import TopkCodec, TopkConfig
-from fed_core.codecs.uniform import UniformConfig
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_BYTES, MAX_BODY_COORDINATES
 from fed_core.specs import BUFFER, TensorSpec
@@ -28,9 +26,9 @@ RAW, CAST, UNIFORM, FSQ = 1, 2, 3, 4
 VALUES: list[AnyValues] = [
     RawConfig(),
     CastConfig(),
-    UniformConfig(bits=3, block=32),
-    UniformConfig(rounding="stochastic"),
-    FsqConfig(target_error=0.02),
+    UniformValues(bits=3, block=32),
+    UniformValues(bits=8, rounding="stochastic"),
+    FsqValues(target_error=0.02),
 ]
 EVERY_VALUES = pytest.mark.parametrize("values", VALUES, ids=lambda values: values.kind)
 
@@ -89,7 +87,7 @@ def test_the_error_is_that_of_the_rest_and_of_the_values(values: AnyValues, frac
 def test_values_of_a_tensor_are_one_vector() -> None:
     """The survivors are encoded as the same vector would be by itself."""
     tensor = normal((300, 400))
-    values = FsqConfig(target_error=0.05)
+    values = FsqValues(target_error=0.05)
     (plan,) = plans_of([tensor], 0.3, values)
     vector = tensor.reshape(-1)[survivors_of([tensor], 0.3)]
     (of_vector,) = values.plan([(spec_of(vector, "w0"), source_of(vector))], seed=0)
@@ -117,15 +115,15 @@ def test_bodies_are_as_long_as_their_survivors_allow(values: AnyValues) -> None:
 
 def test_a_tensor_of_which_nothing_survives_takes_two_bytes() -> None:
     tensors = [normal((100, 100)), normal((100, 100), scale=1e-6), torch.zeros(50, 50)]
-    plans = plans_of(tensors, 0.1, UniformConfig())
+    plans = plans_of(tensors, 0.1, UniformValues())
     assert [plan.head for plan in plans] == [bytes([UNIFORM]), b"\0", b"\0"]
     assert [encode(plan, tensor)[0].data for plan, tensor in zip(plans[1:], tensors[1:], strict=True)] == [b"\0", b"\0"]
-    assert not through(tensors, 0.1, UniformConfig())[1].any()
+    assert not through(tensors, 0.1, UniformValues())[1].any()
 
 
 def test_at_one_percent_a_survivor_takes_eight_bits_and_its_value() -> None:
     tensor = normal((1024, 1024))
-    for values, bits in ((RawConfig(), 32.0), (CastConfig(), 16.0), (UniformConfig(bits=4, block=128), 4.13)):
+    for values, bits in ((RawConfig(), 32.0), (CastConfig(), 16.0), (UniformValues(bits=4, block=128), 4.13)):
         (plan,) = plans_of([tensor], 0.01, values)
         (body,) = encode(plan, tensor)
         assert 8 * len(body.data) / 10_486 == pytest.approx(8.11 + bits, abs=0.05)
@@ -148,14 +146,9 @@ def test_values_are_not_sparse_themselves(kind: str) -> None:
         TypeAdapter(ValuesConfig).validate_python({"kind": kind})
 
 
-def test_values_have_no_feedback_of_their_own() -> None:
+def test_feedback_is_on_unless_told_otherwise() -> None:
     assert TopkConfig().wants_feedback
     assert not TopkConfig(feedback=False).wants_feedback
-    with pytest.raises(ValidationError) as caught:
-        TopkConfig(values=UniformConfig(feedback=True))
-    (error,) = caught.value.errors()
-    assert error["loc"] == ("values",)
-    assert error["ctx"]["problems"] == {"feedback": "is of the update, not of its values; set it beside `values`"}
 
 
 SPEC = TensorSpec("w", (10, 10), "float32")
