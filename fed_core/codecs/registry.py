@@ -15,16 +15,42 @@ from fed_core.codecs.cast import CastCodec, CastConfig
 from fed_core.codecs.fsq import FsqCodec, FsqConfig
 from fed_core.codecs.lrq import LrqCodec, LrqConfig
 from fed_core.codecs.mask import MaskCodec, MaskConfig
+from fed_core.codecs.randomk import RandomkCodec, RandomkConfig
 from fed_core.codecs.raw import RawCodec, RawConfig
+from fed_core.codecs.sign import SignCodec, SignConfig
+from fed_core.codecs.ternary import TernaryCodec, TernaryConfig
+from fed_core.codecs.topk import TopkCodec, TopkConfig
 from fed_core.codecs.uniform import UniformCodec, UniformConfig
 from fed_core.errors import InvalidError, PayloadError
 
 CODECS: Final[dict[str, Codec]] = {
-    codec.kind: codec for codec in (RawCodec(), CastCodec(), UniformCodec(), MaskCodec(), FsqCodec(), LrqCodec())
+    codec.kind: codec
+    for codec in (
+        RawCodec(),
+        CastCodec(),
+        UniformCodec(),
+        MaskCodec(),
+        FsqCodec(),
+        LrqCodec(),
+        SignCodec(),
+        TernaryCodec(),
+        TopkCodec(),
+        RandomkCodec(),
+    )
 }
 
 EncodingConfig = Annotated[
-    AutoConfig | RawConfig | CastConfig | UniformConfig | MaskConfig | FsqConfig | LrqConfig,
+    AutoConfig
+    | RawConfig
+    | CastConfig
+    | UniformConfig
+    | MaskConfig
+    | FsqConfig
+    | LrqConfig
+    | SignConfig
+    | TernaryConfig
+    | TopkConfig
+    | RandomkConfig,
     Field(discriminator="kind"),
 ]
 
@@ -38,6 +64,10 @@ CODECS_OF: Final[dict[str, frozenset[str]]] = {
     "mask": frozenset({"mask"}),
     "fsq": frozenset({"fsq", "uniform"}),
     "lrq": frozenset({"lrq", "fsq", "uniform"}),
+    "sign": frozenset({"sign", "uniform"}),
+    "ternary": frozenset({"ternary", "uniform"}),
+    "topk": frozenset({"topk", "uniform"}),
+    "randomk": frozenset({"randomk", "uniform"}),
     "auto": frozenset({"lrq", "fsq", "uniform"}),
 }
 

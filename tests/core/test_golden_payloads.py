@@ -27,8 +27,13 @@ from fed_core.codecs.cast import CastConfig
 from fed_core.codecs.fsq import FsqConfig
 from fed_core.codecs.lrq import LrqConfig
 from fed_core.codecs.mask import MaskConfig
+from fed_core.codecs.nested import FsqValues
+from fed_core.codecs.randomk import RandomkConfig
 from fed_core.codecs.raw import RawConfig
 from fed_core.codecs.registry import CODECS, EncodingConfig, codec_named
+from fed_core.codecs.sign import SignConfig
+from fed_core.codecs.ternary import TernaryConfig
+from fed_core.codecs.topk import TopkConfig
 from fed_core.codecs.uniform import UniformConfig
 from fed_core.specs import TensorSpec
 from tests.core.coding import Body, decode, encode, memory_of, normal, source_of, spec_of
@@ -53,6 +58,14 @@ ENCODINGS: Mapping[str, EncodingConfig] = {
     "lrq-alone": LrqConfig(residual=False),
     "lrq-residual": LrqConfig(residual=True, target_error=1e-2),
     "auto": AutoConfig(),
+    "sign": SignConfig(),
+    "ternary": TernaryConfig(),
+    "ternary-dense": TernaryConfig(fraction=0.5),
+    "topk": TopkConfig(),
+    "topk-raw": TopkConfig(fraction=0.01, values=RawConfig()),
+    "topk-fsq": TopkConfig(fraction=0.2, values=FsqValues()),
+    "randomk": RandomkConfig(),
+    "randomk-cast": RandomkConfig(fraction=0.1, unbiased=False, values=CastConfig()),
 }
 
 
