@@ -36,8 +36,13 @@ from fed_core.codecs.cast import CastConfig
 from fed_core.codecs.fsq import FsqConfig
 from fed_core.codecs.lrq import LrqConfig
 from fed_core.codecs.mask import MaskConfig
+from fed_core.codecs.nested import FsqValues, UniformValues
+from fed_core.codecs.randomk import RandomkConfig
 from fed_core.codecs.raw import RawConfig
 from fed_core.codecs.registry import EncodingConfig, codec_named
+from fed_core.codecs.sign import SignConfig
+from fed_core.codecs.ternary import TernaryConfig
+from fed_core.codecs.topk import TopkConfig
 from fed_core.codecs.uniform import UniformConfig
 from fed_core.payload.manifest import UpdateInfo
 from fed_core.payload.reader import PayloadReader
@@ -119,6 +124,15 @@ FIXED_TOO: Final[dict[str, EncodingConfig]] = {
     "uniform 4 stochastic": UniformConfig(bits=4, block=128, rounding="stochastic"),
     "uniform 3": UniformConfig(bits=3, block=64),
     "uniform 2": UniformConfig(bits=2, block=32),
+    "sign": SignConfig(),
+    "ternary 1 %": TernaryConfig(fraction=0.01),
+    "ternary 5 %": TernaryConfig(),
+    "topk 1 %": TopkConfig(fraction=0.01),
+    "topk 5 %": TopkConfig(),
+    "topk 5 % fsq": TopkConfig(values=FsqValues()),
+    "topk 1 % raw": TopkConfig(fraction=0.01, values=RawConfig()),
+    "randomk 25 %": RandomkConfig(),
+    "randomk 25 % short": RandomkConfig(unbiased=False, values=UniformValues()),
 }
 LOSSY: Final[dict[str, Callable[[float], EncodingConfig]]] = {
     "fsq": lambda error: FsqConfig(target_error=error),
