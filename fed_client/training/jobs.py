@@ -19,8 +19,7 @@ from fed_client.training.residual import RESIDUAL, FedBack, Update, write_with_f
 from fed_client.training.trainer import MODEL_DAMAGED
 from fed_core.batches import check_metric_names, choose_device, evaluate, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
-from fed_core.codecs.base import Encoding
-from fed_core.codecs.registry import encoding_from_json
+from fed_core.codecs.registry import EncodingConfig, encoding_from_json
 from fed_core.errors import CorruptError, DiskFullError, FedstreamError, InvalidError, NotFiniteError, PayloadError
 from fed_core.payload.assemble import DivergedError, assemble_model
 from fed_core.payload.manifest import UpdateInfo
@@ -253,7 +252,7 @@ class SiteJobs:
         return model.to(self._device), specs
 
 
-def _encoding(uplink: str) -> Encoding:
+def _encoding(uplink: str) -> EncodingConfig:
     try:
         return encoding_from_json(uplink)
     except InvalidError as error:

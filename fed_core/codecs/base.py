@@ -92,11 +92,6 @@ class Encoding(Protocol):
         """Its name in a run config."""
         ...
 
-    @property
-    def wants_feedback(self) -> bool:
-        """Whether a client adds to an update what the encoding of its earlier ones lost (error feedback)."""
-        ...
-
     def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
         """Plans for all tensors of a payload, in order. The same tensors and seed give the same plans on the same machine."""
         ...
