@@ -12,9 +12,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.base import Codec
 from fed_core.codecs.cast import CastCodec, CastConfig
+from fed_core.codecs.ectcq import EctcqCodec, EctcqConfig
+from fed_core.codecs.eden import EdenCodec, EdenConfig
 from fed_core.codecs.fsq import FsqCodec, FsqConfig
 from fed_core.codecs.lrq import LrqCodec, LrqConfig
 from fed_core.codecs.mask import MaskCodec, MaskConfig
+from fed_core.codecs.powersgd import PowersgdCodec, PowersgdConfig
 from fed_core.codecs.randomk import RandomkCodec, RandomkConfig
 from fed_core.codecs.raw import RawCodec, RawConfig
 from fed_core.codecs.sign import SignCodec, SignConfig
@@ -36,6 +39,9 @@ CODECS: Final[dict[str, Codec]] = {
         TernaryCodec(),
         TopkCodec(),
         RandomkCodec(),
+        EctcqCodec(),
+        EdenCodec(),
+        PowersgdCodec(),
     )
 }
 
@@ -50,7 +56,10 @@ EncodingConfig = Annotated[
     | SignConfig
     | TernaryConfig
     | TopkConfig
-    | RandomkConfig,
+    | RandomkConfig
+    | EctcqConfig
+    | EdenConfig
+    | PowersgdConfig,
     Field(discriminator="kind"),
 ]
 
@@ -68,7 +77,15 @@ CODECS_OF: Final[dict[str, frozenset[str]]] = {
     "ternary": frozenset({"ternary", "uniform"}),
     "topk": frozenset({"topk", "uniform"}),
     "randomk": frozenset({"randomk", "uniform"}),
+    "ectcq": frozenset({"ectcq", "uniform"}),
+    "eden": frozenset({"eden"}),
+    "powersgd": frozenset({"powersgd"}),
     "auto": frozenset({"lrq", "fsq", "uniform"}),
+}
+
+# Encodings that a version of the model cannot travel in, and why.
+UPLINK_ONLY: Final[dict[str, str]] = {
+    "eden": "it rotates in floating point, whose last bits differ between processors, and all clients must have the same version",
 }
 
 _ENCODINGS: Final[TypeAdapter[EncodingConfig]] = TypeAdapter(EncodingConfig)

@@ -25,10 +25,13 @@ from torch import Tensor
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.base import TileSource
 from fed_core.codecs.cast import CastConfig
+from fed_core.codecs.ectcq import EctcqConfig
+from fed_core.codecs.eden import EdenConfig
 from fed_core.codecs.fsq import FsqConfig
 from fed_core.codecs.lrq import LrqConfig
 from fed_core.codecs.mask import MaskConfig
 from fed_core.codecs.nested import FsqValues
+from fed_core.codecs.powersgd import PowersgdConfig
 from fed_core.codecs.randomk import RandomkConfig
 from fed_core.codecs.raw import RawConfig
 from fed_core.codecs.registry import CODECS, CODECS_OF, EncodingConfig, codec_named
@@ -85,6 +88,10 @@ ENCODINGS = {
     "topk-fsq": Encoding(TopkConfig(fraction=0.5, values=FsqValues()), 0.15, error_among_larger=1.0),
     "randomk": Encoding(RandomkConfig(fraction=0.5), 1.1, 1.5, 1.2),
     "randomk-raw": Encoding(RandomkConfig(fraction=0.5, unbiased=False, values=RawConfig()), 0.55),
+    "ectcq": Encoding(EctcqConfig(states=8), 0.5),
+    "eden": Encoding(EdenConfig(), 0.14, 1.5),
+    "eden-5-biased": Encoding(EdenConfig(bits=5, unbiased=False), 3e-3),
+    "powersgd": Encoding(PowersgdConfig(rank=24, values="float16"), 0.7),
 }
 EVERY_CODEC = pytest.mark.parametrize("kind", CODECS)
 EVERY_ENCODING = pytest.mark.parametrize("name", ENCODINGS)
