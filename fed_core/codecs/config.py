@@ -46,8 +46,8 @@ class FeedbackTable(CodecTable):
     feedback: bool | None = Field(
         default=None,
         description="Error feedback: a client adds what the encoding of its last update lost to the next one. Uplink only. Unset: "
-        "on for sign, ternary, topk and randomk, which lose most of each update; off for the others, which it makes worse where "
-        "unlike clients take part now and then.",
+        "on for sign, ternary, topk and a randomk that is not unbiased, which lose most of each update; off for the others, which "
+        "it makes worse where unlike clients take part now and then.",
         examples=[True],
     )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fed_client.training.residual import RESIDUAL, FedBack, Update, add_residual
 from fed_core.codecs.base import Encoding
 from fed_core.codecs.fsq import FsqConfig
 from fed_core.codecs.raw import RawConfig
+from fed_core.codecs.registry import EncodingConfig, encoding_from_json
 from fed_core.codecs.uniform import UniformConfig
 from fed_core.payload.manifest import UpdateInfo
 from fed_core.payload.reader import PayloadReader
@@ -26,6 +29,11 @@ from fed_core.payload.writer import OnDecoded, Written, write_payload
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import BUFFER, TensorSpec
 from fedstream.v1 import common_pb2
+
+
+def encoding_of(config: dict[str, Any]) -> EncodingConfig:
+    return encoding_from_json(json.dumps(config))
+
 
 COARSE = UniformConfig(bits=2, feedback=True)
 SPECS = [
@@ -91,7 +99,28 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     return torch.randn(spec.shape, generator=generator).pow(3).to(dtype)
 
 
-@pytest.mark.parametrize("encoding", [COARSE, FsqConfig(target_error=0.4, feedback=True)], ids=["uniform", "fsq"])
+ON = [
+    {"kind": "sign"},
+    {"kind": "ternary"},
+    {"kind": "topk", "fraction": 0.01},
+    {"kind": "randomk", "fraction": 0.1, "unbiased": False},
+]
+OFF = ["auto", "raw", "cast", "uniform", "mask", "fsq", "lrq"]
+
+
+def test_feedback_is_on_by_itself_for_codes_that_lose_most_and_off_for_the_others() -> None:
+    assert [encoding_of(config).wants_feedback for config in ON] == [True] * len(ON)
+    assert [encoding_of({"kind": kind}).wants_feedback for kind in OFF] == [False] * len(OFF)
+    for kind in ("auto", "uniform", "fsq", "lrq"):
+        assert encoding_of({"kind": kind, "feedback": True}).wants_feedback
+    assert not encoding_of({"kind": "sign", "feedback": False}).wants_feedback
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [COARSE, FsqConfig(target_error=0.4, feedback=True), *map(encoding_of, ON)],
+    ids=lambda encoding: encoding.kind,
+)
 def test_what_was_decoded_in_all_is_what_was_trained_less_the_last_residual(tmp_path: Path, encoding: Encoding) -> None:
     rounds = Rounds(tmp_path, encoding)
     trained = {name: torch.zeros(()).double() for name in CARRIED}
