@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
 
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.config import CodecTable, FeedbackTable
-from fed_core.codecs.registry import EncodingConfig
+from fed_core.codecs.registry import UPLINK_ONLY, EncodingConfig
 from fed_core.errors import ConfigError
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -377,6 +377,10 @@ class DeltaDownlinkConfig(ConfigTable):
 
     @model_validator(mode="after")
     def _check(self) -> DeltaDownlinkConfig:
+        if reason := UPLINK_ONLY.get(self.encoding.kind):
+            _refuse(
+                {"encoding.kind": f'"{self.encoding.kind}" is for an uplink only: {reason}; take "auto" or "uniform"'}
+            )
         if isinstance(self.encoding, FeedbackTable) and self.encoding.feedback:
             _refuse(
                 {
@@ -692,11 +696,13 @@ def _explain_unknown(path: str, table: type[Table]) -> str:
     here = list(table.model_fields)
     if near := difflib.get_close_matches(name, here, n=1):
         return f"there is no such key; did you mean {near[0]!r}?"
-    everywhere = {option: kind for option, kind, _ in option_paths()}
+    everywhere: dict[str, dict[str, None]] = {}
+    for option, kind, _ in option_paths():
+        everywhere.setdefault(option, {})[kind] = None
     same_name = [option for option in everywhere if option.rsplit(".", 1)[-1] == name]
     if same_name:
         option = same_name[0]
-        needs = f', which needs kind = "{everywhere[option]}"' if option == path else ""
+        needs = f", which needs kind = {_alternatives(list(everywhere[option]))}" if option == path else ""
         return f"there is no such key here; did you mean {option!r}{needs}?"
     near = difflib.get_close_matches(name, [option.rsplit(".", 1)[-1] for option in everywhere], n=1)
     if near:

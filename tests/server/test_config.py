@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from fed_core.codecs.registry import UPLINK_ONLY
 from fed_core.errors import ConfigError
 from fed_server.config import (
     MAX_CONFIG_BYTES,
@@ -96,11 +97,21 @@ ENCODINGS = [
     "contexts = false }",
     '{ kind = "lrq", feedback = false, target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", '
     "max_rank = 3, residual = false }",
+    '{ kind = "sign", feedback = false, block = 64 }',
+    '{ kind = "ternary", feedback = false, fraction = 0.125 }',
+    '{ kind = "topk", feedback = false, fraction = 0.125, values = { kind = "cast", to = "float16" } }',
+    '{ kind = "topk", values = { kind = "uniform", bits = 3, block = 64, rounding = "stochastic" } }',
+    '{ kind = "topk", values = { kind = "fsq", target_error = 0.125, coder = "packed" } }',
+    '{ kind = "randomk", feedback = false, fraction = 0.125, unbiased = false, values = { kind = "raw" } }',
+    '{ kind = "ectcq", feedback = false, target_error = 0.125, max_tensor_error = 0.25, match_gain = true, coder = "packed", '
+    "states = 8 }",
+    '{ kind = "powersgd", rank = 3, values = "float16" }',
 ]
 EVERY_OPTION += [
     f'{MINIMAL}uplink = {encoding}\ndownlink = {{ kind = "delta", encoding = {encoding} }}\n' for encoding in ENCODINGS
 ]
 EVERY_OPTION += [
+    f'{MINIMAL}uplink = {{ kind = "eden", bits = 3, unbiased = false }}\n',
     f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, dead_zone = 0.75, first_error = 0.01 }}\n',
     f'{MINIMAL}downlink = {{ kind = "raw" }}\n',
 ]
@@ -136,6 +147,8 @@ def test_the_trip_leaves_out_no_option() -> None:
         changed |= {key for key, (value, field) in after.items() if field.is_required() or value != field.default}
     # The name of the only kind, and of the default kind, cannot differ from the default.
     fixed = {(path, kind) for path, kind, _ in option_paths() if path.endswith(".kind")}
+    # A delta that says one of these is refused.
+    fixed |= {(path, kind) for path, kind, _ in option_paths() if path.startswith("downlink.") and kind in UPLINK_ONLY}
     plain = {(path, kind) for path, kind, field in option_paths() if not union_members(field)}
     assert plain - fixed - changed == set()
 
@@ -219,7 +232,8 @@ def _options_table() -> str:
         of_kinds = kinds.setdefault(f"{path}{rest}", [])
         if not of_kinds:
             lines.append(f"{path}{rest}")
-        of_kinds.append(kind)
+        if kind not in of_kinds:
+            of_kinds.append(kind)
     for number, line in enumerate(lines):
         if line in kinds:
             path, rest = line.split(" ", 1)
@@ -296,18 +310,21 @@ def _default(field: FieldInfo) -> str:
         ('aggregation.merge = [{ pattern = "x", rule = "men" }]', 'aggregation.merge[0].rule: expected "mean", "maximum" or'),
         ('aggregation.merge = [{ patern = "x" }]', "aggregation.merge[0].patern: there is no such key; did you mean 'pattern'?"),
         ('aggregation = { weighting = "uniform", max_weight = 3 }', "aggregation.max_weight: has no effect with weighting"),
-        ('uplink.kind = "zip"', 'uplink.kind: expected "auto", "raw", "cast", "uniform", "mask", "fsq" or "lrq", got "zip"'),
+        ('uplink.kind = "zip"', 'uplink.kind: expected "auto", "raw", "cast", "uniform", "mask", "fsq", "lrq", "sign", '
+         '"ternary", "topk", "randomk", "ectcq", "eden" or "powersgd", got "zip"'),
         ("uplink.bits = 3", 'uplink: has no kind; add kind = "auto", "raw"'),
         ('uplink = { kind = "uniform", bits = 9 }', "uplink.bits: expected 2 to 8, got 9"),
         ('uplink = { kind = "uniform", block = 100 }', "uplink.block: expected 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, "),
         ('uplink = { kind = "cast", to = "int8" }', 'uplink.to: expected "float16" or "bfloat16", got "int8"'),
         ('uplink = { kind = "auto", max_bits_per_parameter = 0 }', "max_bits_per_parameter: expected more than 0, at most 32, got"),
         ('uplink = { kind = "lrq", residual = 3 }', "uplink.residual: expected true or false, got 3"),
-        ('uplink = { kind = "auto", bits = 3 }', "did you mean 'uplink.bits', which needs kind = \"uniform\"?"),
+        ('uplink = { kind = "auto", bits = 3 }', "did you mean 'uplink.bits', which needs kind = \"uniform\" or \"eden\"?"),
         ('downlink = { kind = "lattice", step = 0 }', "downlink.step: expected more than 0, at most 1024, got 0"),
         ('downlink = { kind = "raw", step = 2 }', "did you mean 'downlink.step', which needs kind = \"lattice\"?"),
         ('downlink = { kind = "delta", encoding = { kind = "raw", bit = 3 } }', "downlink.encoding.bit: there is no such key"),
         ('downlink = { kind = "delta", encoding = { kind = "fsq", feedback = true } }', "downlink.encoding.feedback: is for an up"),
+        ('downlink = { kind = "delta", encoding = { kind = "eden" } }', 'downlink.encoding.kind: "eden" is for an uplink only: it '
+         "rotates in floating point"),
         ('downlink = { kind = "delta", encoding = { bits = 3 } }', 'downlink.encoding: has no kind; add kind = "auto", "raw"'),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.target: needs a measured metric"),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.patience: needs a measured metric"),
@@ -354,8 +371,12 @@ def test_a_misspelt_key_is_recognised_at_every_level(path: str, kind: str) -> No
     line = f"{wrong} = 1\n"
     if kind and _is_choice(path):
         line += f'{table}.kind = "{kind}"\n'
-    if path.startswith("downlink.encoding."):
-        line += 'downlink.kind = "delta"\n'
+    while table:
+        # The tables around it must be of a kind that has it.
+        kinds = [of for inner, of, field in option_paths() if inner == table and len(union_members(field)) > 1]
+        path, table = table, table.rpartition(".")[0]
+        if _is_choice(path):
+            line += f'{table}.kind = "{kinds[0]}"\n'
     with pytest.raises(ConfigError) as caught:
         parse_run_config(MINIMAL + line)
     assert f"{wrong}: there is no such key; did you mean {name!r}?" in str(caught.value)
