@@ -26,6 +26,7 @@ import structlog
 
 from fed_client.durable import publish, sync_directory, write_durably
 from fed_client.retry import PASSING, Retries
+from fed_client.spool import Spool
 from fed_client.state import checked_id, is_safe_id
 from fed_client.stop import Stop
 from fed_client.transport import Transport
@@ -164,12 +165,14 @@ class CarriedState:
         return [path for path in self._directory.iterdir() if path.is_dir()]
 
 
-def settle_earlier(transport: Transport, carried: CarriedState, run_id: str, stop: Stop, log: Any) -> None:
+def settle_earlier(
+    transport: Transport, carried: CarriedState, spool: Spool, run_id: str, stop: Stop, log: Any
+) -> None:
     """Finds out which updates of the run were counted whose receipt this site missed: the line broke, it was killed, or a poll told
     it first that the work is over. Returns when nothing is pending any more.
 
-    An update that is still wanted is on its way in another thread, and is waited for: what is trained next begins with what it
-    leaves behind. Raises credential errors, and StoppedError."""
+    An update that is still wanted and lies in the spool is on its way in another thread, and is waited for: what is trained next
+    begins with what it leaves behind. Raises credential errors, and StoppedError."""
     retries = Retries(stop, log)
     while pending := carried.pending(run_id):
         stop.check()
@@ -184,8 +187,10 @@ def settle_earlier(transport: Transport, carried: CarriedState, run_id: str, sto
         else:
             if state.HasField("receipt"):
                 carried.settle(run_id, assignment_id, state.receipt.digest)
-            else:
+            elif spool.path(assignment_id).exists():
                 stop.wait(_ASK_AGAIN_SECONDS)
+            else:  # nobody can deliver it any more; or it has just been counted, and then there is nothing to drop
+                carried.drop(run_id, assignment_id)
 
 
 def _read(record: Path) -> Carried | None:

@@ -160,7 +160,7 @@ class Worker:
             log.warning("overrides that this run does not allow are left out", refused=refused)
         carried, run_id, assignment_id = self._carried, assignment.run_id, assignment.assignment_id
         carried.drop(run_id, assignment_id)  # of an earlier life that got no further
-        settle_earlier(self._transport, carried, run_id, held.stop, log)
+        settle_earlier(self._transport, carried, self._spool, run_id, held.stop, log)
         job = TrainJob(
             assignment_id=assignment_id,
             run_id=run_id,

@@ -230,60 +230,79 @@ def receipt(assignment_id: str, digest: bytes) -> transfer_pb2.Receipt:
     return transfer_pb2.Receipt(assignment_id=assignment_id, digest=digest)
 
 
-def settle(transport: Transport, carried: CarriedState, stop: Stop | None = None) -> None:
-    settle_earlier(transport, carried, RUN, stop or Stop(), structlog.get_logger())
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    (tmp_path / "earlier").mkdir()
+    return Spool(tmp_path / "earlier")
 
 
-def test_nothing_pending_asks_nobody(coordinator: FakeCoordinator, transport: Transport, carried: CarriedState) -> None:
-    settle(transport, carried)
+def settle(transport: Transport, carried: CarriedState, spool: Spool, stop: Stop | None = None) -> None:
+    settle_earlier(transport, carried, spool, RUN, stop or Stop(), structlog.get_logger())
+
+
+def test_nothing_pending_asks_nobody(
+    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState, spool: Spool
+) -> None:
+    settle(transport, carried, spool)
     assert coordinator.calls["GetUpload"] == []
 
 
 def test_a_missed_receipt_is_asked_for_until_it_comes(
-    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState
+    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState, spool: Spool
 ) -> None:
     coordinator.faults["GetUpload"].extend([UnavailableError("away"), UnavailableError("away")])
     coordinator.receipts["a1"] = receipt("a1", b"1" * 32)
     leave(carried, "a1", b"1" * 32)
-    settle(transport, carried)
+    settle(transport, carried, spool)
     assert standing(carried) == {"residual": "from a1"}
     assert [call.digest for call in coordinator.calls["GetUpload"]] == [b"1" * 32] * 3
 
 
 @pytest.mark.parametrize("error", [NoLongerNeededError("the round closed"), NotFoundError("no such assignment")])
 def test_what_the_coordinator_did_not_count_is_dropped(
-    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState, error: Any
+    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState, spool: Spool, error: Any
 ) -> None:
     leave(carried, "a1", b"1" * 32)
     carried.settle(RUN, "a1", b"1" * 32)
     leave(carried, "a2", b"2" * 32)
     coordinator.faults["GetUpload"].append(error)
-    settle(transport, carried)
+    settle(transport, carried, spool)
     assert (standing(carried), ids(carried)) == ({"residual": "from a1"}, [])
 
 
 def test_an_update_on_its_way_is_waited_for(
-    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState
+    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState, spool: Spool
 ) -> None:
     leave(carried, "a1", b"1" * 32)
 
     def arrive(_: object) -> None:
         coordinator.receipts["a1"] = receipt("a1", b"1" * 32)
 
+    spool.path("a1").write_bytes(b"update")
     coordinator.faults["GetUpload"].extend([lambda _: None, arrive])
-    settle(transport, carried)
+    settle(transport, carried, spool)
     assert len(coordinator.calls["GetUpload"]) == 2
     assert standing(carried) == {"residual": "from a1"}
 
 
-def test_waiting_ends_with_the_work_that_waits(
-    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState
+def test_an_update_that_nobody_can_deliver_any_more_is_not_waited_for(
+    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState, spool: Spool
 ) -> None:
     leave(carried, "a1", b"1" * 32)
+    settle(transport, carried, spool)
+    assert len(coordinator.calls["GetUpload"]) == 1
+    assert (standing(carried), ids(carried)) == ({}, [])
+
+
+def test_waiting_ends_with_the_work_that_waits(
+    coordinator: FakeCoordinator, transport: Transport, carried: CarriedState, spool: Spool
+) -> None:
+    leave(carried, "a1", b"1" * 32)
+    spool.path("a1").write_bytes(b"update")
     stop = Stop()
     coordinator.faults["GetUpload"].append(lambda _: stop.set("the round closed"))
     with pytest.raises(StoppedError, match="the round closed"):
-        settle(transport, carried, stop)
+        settle(transport, carried, spool, stop)
     assert ids(carried) == ["a1"]
 
 
@@ -387,5 +406,5 @@ def test_an_update_that_a_poll_dropped_is_asked_about_before_anything_is_forgott
     uploading.run()
     assert (standing(uploading.carried), ids(uploading.carried)) == ({"residual": "from a0"}, ["a1"])
     coordinator.receipts["a1"] = receipt("a1", uploading.digest)
-    settle(transport, uploading.carried)
+    settle(transport, uploading.carried, uploading.spool)
     assert (standing(uploading.carried), ids(uploading.carried)) == ({"residual": "from a1"}, [])
