@@ -343,7 +343,7 @@ class LatticeDownlinkConfig(ConfigTable):
         gt=0,
         le=1024,
         description="Step of a round's delta, in root mean squares of what the round changed, tensor by tensor; rounded down to "
-        "a power of two. Wider is shorter: a change is sent when it has grown to a step.",
+        "a power of two. Wider is shorter: fewer coordinates move, each by more.",
     )
     finest_step: float = Field(
         default=2.0**-4,
@@ -351,13 +351,6 @@ class LatticeDownlinkConfig(ConfigTable):
         le=1,
         description="Finest step there is, in root mean squares of the tensor's weights: the resolution of the versions that "
         "clients see.",
-    )
-    dead_zone: float = Field(
-        default=0.5,
-        ge=0.5,
-        le=4,
-        description="Steps that a change must have grown to before it is sent. 0.5: to the nearest step. More saves bits where "
-        "every client takes every version, and delays what is learned.",
     )
     first_error: float | None = Field(
         default=None,

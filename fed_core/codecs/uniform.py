@@ -7,13 +7,13 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
-from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from fed_core.codecs.base import TensorPlan, TileSource
 from fed_core.codecs.config import FeedbackTable
+from fed_core.codecs.dither import dither, dither_key
 from fed_core.codecs.floating import TILE, check_lossy, is_lossy, narrow
 from fed_core.codecs.raw import raw_plan
 from fed_core.errors import PayloadError
@@ -105,7 +105,7 @@ def uniform_plan(
     """
     ceiling = min(torch.finfo(torch_dtype(spec.dtype)).max, torch.finfo(torch.float32).max)
     levels = 2 ** (bits - 1) - 1
-    key = int.from_bytes(blake3(f"{seed}/{spec.name}".encode()).digest(16), "little")
+    key = dither_key(seed, spec.name)
 
     def encode(first: int, tile: Tensor) -> memoryview:
         scales = _choose_scales(_largest_of_blocks(spec.name, tile, block), levels, ceiling)
@@ -123,7 +123,7 @@ def uniform_plan(
             for part, divisor in _blocks(multiples, block, divisors[start // block :]):
                 part.div_(divisor)
             if rounding == "stochastic":
-                multiples.add_(_dither(key, first + start, len(values))).floor_()
+                multiples.add_(dither(key, first + start, len(values))).floor_()
             else:
                 multiples.round_()
             whole = integers[: len(values)].copy_(multiples.clamp_(-levels, levels))
@@ -238,13 +238,6 @@ def _choose_scales(largest: NDArray[np.float32], levels: int, ceiling: float) ->
     halves = np.where(largest > 0, np.maximum(halves, _LEAST_SCALE), 0)
     is_beyond = (halves << 16).view(np.float32).astype(np.float64) * levels > ceiling
     return (halves - is_beyond).astype(np.uint16)
-
-
-def _dither(key: int, first: int, num_coordinates: int) -> Tensor:
-    """Uniform on (0, 1) by 16 bits, the same for the same coordinates; the counter's words leave 2^66 numbers to each tile."""
-    words = np.random.Philox(key=key, counter=first << 64).random_raw(-(-num_coordinates // 4))
-    numbers = words.view(np.uint16)[:num_coordinates].astype(np.float32)
-    return torch.from_numpy(numbers).add_(0.5).mul_(2.0**-16)
 
 
 def _pack(integers: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> None:

@@ -16,10 +16,10 @@ _VECTOR_BITS = 3
 _EXPONENTS = (-126, 100)
 
 
-def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
+def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter, *, seed: int) -> Encoding:
     """The lattice of a round's delta: steps of so many root mean squares of each tensor's change in this round, never much finer
-    than the weights themselves. What stays below a step is carried along and sent when it has grown. A tensor that has outgrown its
-    finest steps is sent raw, without them."""
+    than the weights themselves. What is not sent is carried along. `seed` is that of the run: it draws the threshold of each
+    coordinate, the same for all versions. A tensor that has outgrown its finest steps is sent raw, without them."""
     exponents: dict[str, int] = {}
     for name, spec in change.specs.items():
         if spec.dtype not in LATTICE_DTYPES:
@@ -31,7 +31,7 @@ def lattice_for(config: LatticeDownlinkConfig, change: ChangeMeter) -> Encoding:
             step, finest = step * 2.0**-_VECTOR_BITS, finest * 2.0**-_VECTOR_BITS
         exponents[name] = _exponent(max(step, finest), change.max_abs[name])
     outgrown = frozenset(name for name, exponent in exponents.items() if not change.keeps_exact(name, exponent))
-    return LatticeEncoding(exponents, dead_zone=config.dead_zone, raw=outgrown)
+    return LatticeEncoding(exponents, raw=outgrown, seed=seed)
 
 
 def first_error(config: LatticeDownlinkConfig, has_trained_weights: bool) -> float:

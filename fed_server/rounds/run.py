@@ -527,7 +527,7 @@ class LiveRun:
         if isinstance(downlink, DeltaDownlinkConfig):
             return downlink.encoding
         assert isinstance(downlink, LatticeDownlinkConfig)
-        return lattice_for(downlink, change)
+        return lattice_for(downlink, change, seed=self.config.seed)
 
     async def _commit(
         self, model: ModelRecord, broadcast: BroadcastRecord

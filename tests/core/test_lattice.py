@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fed_core.codecs.base import Encoding
+from fed_core.codecs.dither import dither, dither_key
 from fed_core.codecs.lattice import LATTICE_DTYPES, LatticeEncoding, LosslessEncoding, lattice_exponent
 from fed_core.codecs.registry import codec_named
 from fed_core.specs import TensorSpec
@@ -161,14 +162,33 @@ def test_a_lattice_rounds_to_the_nearest_step_and_no_further() -> None:
     assert (out - tensor).abs().max() <= step / 2
 
 
-@pytest.mark.parametrize("dead_zone", [0.5, 1.0, 3.5])
-def test_what_is_within_the_dead_zone_is_not_sent_and_all_else_is_rounded(dead_zone: float) -> None:
-    tensor, step = normal((100, 50)), 2.0**-8
-    _, out = sent(LatticeEncoding({"w": -8}, dead_zone), tensor)
-    is_small = tensor.abs() < dead_zone * step
-    assert not out[is_small].any()
-    assert (out - tensor)[~is_small].abs().max() <= step / 2
-    assert out[~is_small].all()
+def test_thresholds_of_coordinates_round_without_bias_and_stay_where_they_are() -> None:
+    tensor, step = torch.full((300, 400), 0.3 * 2.0**-8), 2.0**-8
+    _, out = sent(LatticeEncoding({"w": -8}, seed=1), tensor)
+    assert set(out.unique().tolist()) == {0.0, step}
+    assert float(out.double().mean()) == pytest.approx(0.3 * step, rel=0.02), (
+        "as many move as the change is parts of a step"
+    )
+    # Who did not move with less does not move back with more.
+    _, more = sent(LatticeEncoding({"w": -8}, seed=1), tensor * 2)
+    assert (more >= out).all()
+    assert not sent(LatticeEncoding({"w": -8}, seed=2), tensor)[1].equal(out)
+
+
+def test_what_was_sent_leaves_less_than_a_step_and_is_sent_no_second_time() -> None:
+    encoding = LatticeEncoding({"w": -8}, seed=1)
+    tensor = normal((100, 700))
+    _, out = sent(encoding, tensor)
+    assert (out - tensor).abs().max() < 2.0**-8
+    assert not sent(encoding, tensor - out)[1].any()
+
+
+@pytest.mark.parametrize("first", [0, 1, 15, 16, 1000, 2**17 + 3])
+def test_a_dither_is_that_of_its_coordinates_wherever_a_tile_begins(first: int) -> None:
+    whole = dither(dither_key(3, "w"), 0, 2**18)
+    assert dither(dither_key(3, "w"), first, 5000).equal(whole[first : first + 5000])
+    assert 0 < float(whole.min()) < 1e-3 < 1 - 1e-3 < float(whole.max()) < 1
+    assert float(whole.mean()) == pytest.approx(0.5, abs=2e-3)
 
 
 def test_sparse_steps_are_cheap() -> None:

@@ -124,7 +124,7 @@ class Lineage:
             if isinstance(downlink, DeltaDownlinkConfig):
                 return downlink.encoding
             assert isinstance(downlink, LatticeDownlinkConfig)
-            return lattice_for(downlink, change)
+            return lattice_for(downlink, change, seed=0)
 
         return self._make(self.newest + 1, weights, encoding)
 

@@ -71,12 +71,11 @@ def num_bytes(way: list[BroadcastRecord]) -> int:
     [
         LatticeDownlinkConfig(),
         LatticeDownlinkConfig(step=0.5, finest_step=0.0, first_error=1e-3),
-        LatticeDownlinkConfig(dead_zone=2.0),
         DeltaDownlinkConfig(),
         DeltaDownlinkConfig(encoding=encoding_from_json('{"kind": "uniform", "rounding": "stochastic", "bits": 4}')),
         RawDownlinkConfig(),
     ],
-    ids=["lattice", "fine lattice", "dead zone", "delta", "delta uniform", "raw"],
+    ids=["lattice", "fine lattice", "delta", "delta uniform", "raw"],
 )
 async def test_from_whatever_a_client_holds_the_way_leads_to_the_version(
     open_lineage: Open, downlink: DownlinkConfig

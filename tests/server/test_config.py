@@ -112,7 +112,7 @@ EVERY_OPTION += [
 ]
 EVERY_OPTION += [
     f'{MINIMAL}uplink = {{ kind = "eden", bits = 3, unbiased = false }}\n',
-    f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, dead_zone = 0.75, first_error = 0.01 }}\n',
+    f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, first_error = 0.01 }}\n',
     f'{MINIMAL}downlink = {{ kind = "raw" }}\n',
 ]
 

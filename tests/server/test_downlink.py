@@ -60,7 +60,7 @@ def test_a_step_is_that_of_the_change_but_never_finer_than_the_finest(
     before = {"w": torch.full((8, 6), weight)}
     after = {"w": before["w"] + change}
     config = LatticeDownlinkConfig(step=step, finest_step=finest)
-    [exponent] = exponents(lattice_for(config, measured(after, before))).values()
+    [exponent] = exponents(lattice_for(config, measured(after, before), seed=0)).values()
     wanted = max(step * rms(after["w"].double() - before["w"].double()), finest * rms(after["w"]))
     largest = float(after["w"].abs().max())
     assert largest <= MAX_STEPS * 2.0**exponent, "every value is exact in float32"
@@ -70,8 +70,8 @@ def test_a_step_is_that_of_the_change_but_never_finer_than_the_finest(
 
 def test_a_change_that_is_small_beside_the_weights_gets_the_finest_step() -> None:
     before = {"w": torch.ones(50, 50)}
-    assert exponents(lattice_for(DEFAULT, measured({"w": before["w"] + 1e-6}, before))) == {"w": -4}
-    assert exponents(lattice_for(DEFAULT, measured({"w": before["w"] + 1.0}, before))) == {"w": 2}
+    assert exponents(lattice_for(DEFAULT, measured({"w": before["w"] + 1e-6}, before), seed=0)) == {"w": -4}
+    assert exponents(lattice_for(DEFAULT, measured({"w": before["w"] + 1.0}, before), seed=0)) == {"w": 2}
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (64, 1), (1, 64, 1), ()])
@@ -79,7 +79,10 @@ def test_vectors_get_an_eighth_of_the_step(shape: tuple[int, ...]) -> None:
     def both(value: float) -> dict[str, Tensor]:
         return {"vector": torch.full(shape, value), "matrix": torch.full((8, 8), value)}
 
-    for made in (lattice_for(DEFAULT, measured(both(1.5), both(1.0))), first_lattice_for(0.01, measured(both(1.0)))):
+    for made in (
+        lattice_for(DEFAULT, measured(both(1.5), both(1.0)), seed=0),
+        first_lattice_for(0.01, measured(both(1.0))),
+    ):
         found = exponents(made)
         assert found["vector"] == found["matrix"] - 3
 
@@ -90,7 +93,7 @@ def test_only_parameters_of_a_type_with_long_mantissas_have_a_lattice() -> None:
     }
     tensors |= {"count": torch.ones(4, 4, dtype=torch.int64), "mean": torch.ones(4, 4), "none": torch.ones(0, 4)}
     tensors |= {"wave": torch.ones(4, 4, dtype=torch.complex64)}
-    for made in (lattice_for(DEFAULT, measured(tensors)), first_lattice_for(0.01, measured(tensors))):
+    for made in (lattice_for(DEFAULT, measured(tensors), seed=0), first_lattice_for(0.01, measured(tensors))):
         assert set(exponents(made)) == {"float32", "float64"}
 
 
@@ -98,7 +101,10 @@ def test_only_parameters_of_a_type_with_long_mantissas_have_a_lattice() -> None:
 def test_weights_at_the_ends_of_the_type_have_a_lattice_that_holds_them(value: float) -> None:
     tensors = {"w": torch.full((4, 4), value)}
     for config in (DEFAULT, LatticeDownlinkConfig(finest_step=0.0)):
-        for made in (lattice_for(config, measured(tensors, tensors)), first_lattice_for(1e-9, measured(tensors))):
+        for made in (
+            lattice_for(config, measured(tensors, tensors), seed=0),
+            first_lattice_for(1e-9, measured(tensors)),
+        ):
             [exponent] = exponents(made).values()
             assert -126 <= exponent <= 100
             assert value <= 2.0**24 * 2.0**exponent
@@ -107,17 +113,17 @@ def test_weights_at_the_ends_of_the_type_have_a_lattice_that_holds_them(value: f
 def test_a_tensor_that_did_not_change_still_has_the_resolution_of_its_weights() -> None:
     """What was left out of earlier versions is still to be sent."""
     tensors = {"w": torch.full((9, 9), 8.0)}
-    assert exponents(lattice_for(DEFAULT, measured(tensors, tensors))) == {"w": -1}
+    assert exponents(lattice_for(DEFAULT, measured(tensors, tensors), seed=0)) == {"w": -1}
 
 
-def test_the_dead_zone_is_the_configs() -> None:
-    for dead_zone in (0.5, 2.0):
-        made = lattice_for(LatticeDownlinkConfig(dead_zone=dead_zone), measured({"w": torch.ones(2, 2)}))
+def test_thresholds_are_drawn_from_the_runs_seed_and_the_first_version_is_rounded_to_the_nearest() -> None:
+    for seed in (0, 7):
+        made = lattice_for(DEFAULT, measured({"w": torch.ones(2, 2)}), seed=seed)
         assert isinstance(made, LatticeEncoding)
-        assert made.dead_zone == dead_zone
+        assert made.seed == seed
     first = first_lattice_for(0.01, measured({"w": torch.ones(2, 2)}))
     assert isinstance(first, LatticeEncoding)
-    assert first.dead_zone == 0.5, "a whole version leaves nothing out"
+    assert first.seed is None
 
 
 @pytest.mark.parametrize("max_error", [0.03, 1e-4, 1e-6])
