@@ -33,10 +33,13 @@ from benchmarks.updates import SCENARIOS, STAGES, MissingDataError, Updates, def
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.base import Encoding
 from fed_core.codecs.cast import CastConfig
+from fed_core.codecs.ectcq import EctcqConfig
+from fed_core.codecs.eden import EdenConfig
 from fed_core.codecs.fsq import FsqConfig
 from fed_core.codecs.lrq import LrqConfig
 from fed_core.codecs.mask import MaskConfig
 from fed_core.codecs.nested import FsqValues, UniformValues
+from fed_core.codecs.powersgd import PowersgdConfig
 from fed_core.codecs.randomk import RandomkConfig
 from fed_core.codecs.raw import RawConfig
 from fed_core.codecs.registry import EncodingConfig, codec_named
@@ -61,6 +64,10 @@ SIDE: Final = 1024
 # Rates and errors of a source do not depend on its length: a cohort of 100 is measured on shorter vectors.
 COHORT_SIDE: Final = 128
 _SHANNON_BITS: Final = (1.0, 2.0, 3.0, 4.0)
+_TRELLIS_BITS: Final = (0.6, *_SHANNON_BITS)
+# Of 1, 2, 3 and 4 bits, without bias and with the least error: Vargaftik et al. 2022 and Max 1960.
+_EDEN_ERRORS: Final = ((0.5708, 0.3634), (0.1331, 0.11748), (0.03578, 0.03455), (0.009592, 0.009501))
+_ANY_ERROR: Final = 0.99
 _MAX_SEARCH: Final = 8
 _CLOSE: Final = 0.005
 
@@ -133,6 +140,10 @@ FIXED_TOO: Final[dict[str, EncodingConfig]] = {
     "topk 1 % raw": TopkConfig(fraction=0.01, values=RawConfig()),
     "randomk 25 %": RandomkConfig(),
     "randomk 25 % short": RandomkConfig(unbiased=False, values=UniformValues()),
+    **{f"eden {bits}": EdenConfig(bits=bits) for bits in (1, 2, 3, 4)},
+    **{f"eden {bits} biased": EdenConfig(bits=bits, unbiased=False) for bits in (1, 2, 3, 4)},
+    "powersgd 4": PowersgdConfig(),
+    "powersgd 4 half": PowersgdConfig(values="float16"),
 }
 LOSSY: Final[dict[str, Callable[[float], EncodingConfig]]] = {
     "fsq": lambda error: FsqConfig(target_error=error),
@@ -143,8 +154,10 @@ LOSSY_TOO: Final[dict[str, Callable[[float], EncodingConfig]]] = {
     "fsq packed": lambda error: FsqConfig(target_error=error, coder="packed"),
     "auto": lambda error: AutoConfig(target_error=error),
     "lrq without residual": lambda error: LrqConfig(target_error=error, residual=False),
+    "ectcq": lambda error: EctcqConfig(target_error=error, max_tensor_error=_ANY_ERROR),
+    "ectcq of 8 states": lambda error: EctcqConfig(target_error=error, max_tensor_error=_ANY_ERROR, states=8),
 }
-CURVES: Final = ("fsq", "fsq without contexts", "lrq", "auto")
+CURVES: Final = ("fsq", "fsq without contexts", "lrq", "auto", "ectcq")
 # At 1, 2, 3 and 4 bits of an ideal entropy-coded uniform quantizer of a Gaussian, and beyond.
 CURVE_ERRORS: Final = (0.6, 0.3483, 0.2, 0.08893, 0.05, 0.02224, 0.00556)
 DETAILED: Final = ("gaussian", "laplace", "cnn-shards-middle")
@@ -400,6 +413,14 @@ def aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
         label = f"fsq without contexts, aims at {_error_at(bits):g}"
         row = found.get(("gaussian", label))
         listed.append((f"gaussian: fsq without contexts off Shannon near {bits:g} b/p", _gap(row), 1.6, "max", "dB"))
+    for bits in _TRELLIS_BITS:
+        row = found.get(("gaussian", f"ectcq, aims at {_error_at(bits):g}"))
+        listed.append((f"gaussian: ectcq off Shannon near {bits:g} b/p", _gap(row), 0.5, "max", "dB"))
+    for number, errors in enumerate(_EDEN_ERRORS, 1):
+        for label, published in zip((f"eden {number}", f"eden {number} biased"), errors, strict=True):
+            error = figure("gaussian", label, "vnmse")
+            off = None if error is None else 100 * abs(error / published - 1)
+            listed.append((f"gaussian: {label} off the published vNMSE", off, 1.0, "max", "%"))
     for scenario, codec, most in (
         ("cnn-shards", "fsq", 0.5),
         ("cnn-shards", "lrq", 0.06),
@@ -504,7 +525,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     panels = (("gaussian", "Gaussian vector, 2^20"), ("cnn-shards-middle", "Update of a CNN, two digits per client"))
-    styles = {"uniform": ("^-", "C2"), "fsq": ("o-", "C0"), "lrq": ("s-", "C3"), "auto": ("D--", "k")}
+    styles = {
+        "uniform": ("^-", "C2"),
+        "fsq": ("o-", "C0"),
+        "lrq": ("s-", "C3"),
+        "auto": ("D--", "k"),
+        "ectcq": ("v-", "C5"),
+    }
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for axis, (source, title) in zip(axes, panels, strict=True):
         for kind, (style, colour) in styles.items():
