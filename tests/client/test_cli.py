@@ -393,6 +393,7 @@ def sent(coordinator: FakeCoordinator, assignment_id: str, folder: Path) -> Tens
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_what_a_coarse_code_loses_is_sent_later_whoever_is_killed_in_between(
     coordinator: FakeCoordinator,
     site: Site,
