@@ -52,6 +52,8 @@ NumStates = Literal[8, 64, 256]
 # Steps of a lane. Its first cost a little, for it begins in state 0; but many steps of few lanes take long.
 _STEPS: Final = 512
 _SAMPLE_STEPS: Final = 256
+# Of a sample these are not typical.
+_FIRST_STEPS: Final = 16
 _USUAL_LANES: Final = 64
 _FEWEST_STEPS: Final = 64
 _MAX_INDEX: Final = MAX_MAGNITUDE // 2 + 1
@@ -310,12 +312,15 @@ class EctcqAnalysis:
         # To begin with: each value to the nearest k, be it even or odd.
         points = np.concatenate([2 * np.rint(t / 2), 2 * np.rint((t + 1) / 2) - 1]).astype(np.int16)
         counts = _counts(points, reach)
+        num_steps, settled = _STEPS, 0
+        if len(t) < self._num_coordinates:
+            num_steps, settled = _SAMPLE_STEPS, _FIRST_STEPS * _num_lanes(len(t), _SAMPLE_STEPS)
         for _ in range(_NUM_TURNS):
             prices = _prices(counts)
-            points = _best_points(t, prices, self._num_states, _SAMPLE_STEPS)
-            counts = _counts(points, reach)
-        share = self._num_coordinates / len(t)
-        moments = _Moments.of(t, points)
+            points = _best_points(t, prices, self._num_states, num_steps)
+            counts = _counts(points[settled:], reach)
+        moments = _Moments.of(t[settled:], points[settled:])
+        share = self._num_coordinates / (len(t) - settled)
         shifts = moments.shifts()
         cross, square = moments.products(shifts)
         gain = moments.gain(shifts) if self._match_gain else 1.0
