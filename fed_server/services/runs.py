@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -134,7 +135,8 @@ class RunsService(runs_pb2_grpc.RunsServicer):
                 return
             is_first = False
             if live is not None:
-                await live.changed.wait(live.changed.count, WATCH_SECONDS)
+                # At most so often: whoever watches must not cost more than the round.
+                await asyncio.sleep(WATCH_SECONDS)
                 await live.changed.wait(seen, WATCH_IDLE_SECONDS)
 
     async def GetReport(self, request: runs_pb2.GetReportRequest, context: Any) -> runs_pb2.GetReportResponse:
@@ -214,9 +216,8 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         live = self._coordinator.live_run(record.run_id)
 
         def read(tx: Transaction) -> list[tuple[RoundRecord, list[AssignmentRecord]]]:
-            rounds = tx.rounds(record.run_id)
-            if newest_only:
-                rounds = rounds[-2:] if with_previous else rounds[-1:]
+            newest = None if not newest_only else 2 if with_previous else 1
+            rounds = tx.rounds(record.run_id, newest=newest)
             return [(r, tx.assignments(record.run_id, r.round)) for r in rounds]
 
         stored = await self._workers.store(read)

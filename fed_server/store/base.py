@@ -90,6 +90,10 @@ class RunRecord:
     best_metric: float | None = None
     # Evaluated versions since the best one: for patience.
     num_without_gain: int = 0
+    # What the plateau schedule of the clients' learning rate has seen.
+    plateau_factor: float = 1.0
+    plateau_best: float | None = None
+    plateau_num_without_gain: int = 0
     # Rounds that failed in a row.
     num_failed_rounds: int = 0
     # Seconds of the coordinator's uptime that the run has been active.
@@ -219,7 +223,9 @@ class Transaction(Protocol):
         ...
 
     def round(self, run_id: str, round: int) -> RoundRecord | None: ...
-    def rounds(self, run_id: str) -> list[RoundRecord]: ...
+    def rounds(self, run_id: str, newest: int | None = None) -> list[RoundRecord]:
+        """In ascending order; of all, or of the newest so many."""
+        ...
 
     def assignment(self, assignment_id: str) -> AssignmentRecord | None: ...
     def assignments(self, run_id: str, round: int | None = None) -> list[AssignmentRecord]:

@@ -154,9 +154,11 @@ class SqlTransaction:
         """The round of a run."""
         return self._one(RoundRecord, _ROUND, run_id=run_id, round=round)
 
-    def rounds(self, run_id: str) -> list[RoundRecord]:
-        """The rounds of a run, the first one first."""
-        return self._all(RoundRecord, _ROUNDS, run_id=run_id)
+    def rounds(self, run_id: str, newest: int | None = None) -> list[RoundRecord]:
+        """See `Transaction.rounds`."""
+        if newest is None:
+            return self._all(RoundRecord, _ROUNDS, run_id=run_id)
+        return self._all(RoundRecord, _NEWEST_ROUNDS, run_id=run_id, newest=newest)[::-1]
 
     def assignment(self, assignment_id: str) -> AssignmentRecord | None:
         """The assignment with this id."""
@@ -229,6 +231,12 @@ _RUNS = _where(runs, order=("created_time", "run_id"))
 _RUNS_IN_STATE = _where(runs, "state", order=("created_time", "run_id"))
 _ROUND = _where(rounds, "run_id", "round")
 _ROUNDS = _where(rounds, "run_id", order=("round",))
+_NEWEST_ROUNDS = (
+    select(rounds)
+    .where(rounds.c.run_id == bindparam("run_id"))
+    .order_by(rounds.c.round.desc())
+    .limit(bindparam("newest"))
+)
 _ASSIGNMENT = _where(assignments, "assignment_id")
 _ASSIGNMENTS_OF_RUN = _where(assignments, "run_id", order=("round", "kind", "client_id"))
 _ASSIGNMENTS_OF_ROUND = _where(assignments, "run_id", "round", order=("kind", "client_id"))

@@ -344,6 +344,8 @@ def test_lists_come_in_their_order(store: Store) -> None:
         assert [run.run_id for run in tx.runs()] == ["r1", "over", "late"]
         assert [run.run_id for run in tx.runs(RunState.ACTIVE)] == ["r1", "late"]
         assert [record.round for record in tx.rounds("r1")] == [1, 9, 10]
+        assert [record.round for record in tx.rounds("r1", newest=2)] == [9, 10]
+        assert tx.rounds("r1", newest=9) == tx.rounds("r1")
         assert [model.version for model in tx.models("r1")] == [0, 9, 10]
         assert [(b.version, b.base_version) for b in tx.broadcasts("r1")] == [(9, 0), (10, -1), (10, 9)]
 
