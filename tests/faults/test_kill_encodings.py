@@ -44,7 +44,7 @@ CASES = {
     "sign": Case('{ kind = "sign" }', '{ kind = "lattice" }', ("mid-fold", "before-commit"), "client-spooled"),
     "ternary": Case(
         '{ kind = "ternary", fraction = 0.3 }',
-        '{ kind = "raw" }',
+        '{ kind = "lattice" }',
         ("update-durable", "after-commit"),
         "client-assembled",
     ),
