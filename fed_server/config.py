@@ -14,6 +14,7 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -36,6 +37,7 @@ WORD = r"^[a-zA-Z0-9._-]+$"
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Factor = Annotated[float, Field(gt=0, le=10)]
+Decay = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 LabelWord = Annotated[str, Field(min_length=1, max_length=63, pattern=WORD)]
 
@@ -153,17 +155,92 @@ class StepsConfig(ConfigTable):
     steps: Count = Field(description="Optimizer steps.", examples=[100])
 
 
+class _ScheduleTable(ConfigTable):
+    warmup_rounds: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_COUNT,
+        description="Rounds in which the learning rate rises to its full size, in equal steps; the schedule begins after them. 0: "
+        "none.",
+    )
+
+
+class ConstantScheduleConfig(_ScheduleTable):
+    """The same learning rate in every round."""
+
+    kind: Literal["constant"] = Field(default="constant", description="The same in every round.")
+
+
+class _DecayTable(_ScheduleTable):
+    floor: Decay = Field(default=1e-9, description="Share of the learning rate that it never falls below.")
+
+
+class StepScheduleConfig(_DecayTable):
+    """The learning rate falls at once, every so many rounds."""
+
+    kind: Literal["step"] = Field(default="step", description="Falls every so many rounds.")
+    every: Count = Field(description="Rounds from one fall to the next.", examples=[10])
+    factor: Decay = Field(default=0.5, description="What the learning rate is multiplied by.")
+
+
+class ExponentialScheduleConfig(_DecayTable):
+    """The learning rate falls by the same factor after every round: round r uses learning_rate * factor^(r-1)."""
+
+    kind: Literal["exponential"] = Field(default="exponential", description="Falls after every round.")
+    factor: Decay = Field(description="What the learning rate is multiplied by.", examples=[0.99])
+
+
+class CosineScheduleConfig(_DecayTable):
+    """The learning rate falls along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts) that ends with
+    schedule.max_rounds."""
+
+    kind: Literal["cosine"] = Field(
+        default="cosine", description="Falls along half a cosine that ends with schedule.max_rounds."
+    )
+
+
+class PlateauScheduleConfig(_DecayTable):
+    """The learning rate falls when a metric has stopped getting better."""
+
+    kind: Literal["plateau"] = Field(default="plateau", description="Falls when a metric gets no better.")
+    metric: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        pattern=r"^[a-z0-9_.]+$",
+        description="What is watched: a metric of the evaluations, or of the training, which every round has, such as train.loss. "
+        "Unset: evaluation.metric, in its direction.",
+        examples=["train.loss"],
+    )
+    direction: Literal["max", "min"] | None = Field(
+        default=None, description="Whether more or less of the metric is better; to be set with it.", examples=["min"]
+    )
+    patience: Count = Field(
+        default=5, description="Measurements in a row without a new best after which the learning rate falls."
+    )
+    factor: Decay = Field(default=0.5, description="What the learning rate is multiplied by.")
+
+    @model_validator(mode="after")
+    def _check(self) -> PlateauScheduleConfig:
+        if self.metric is not None and self.direction is None:
+            _refuse({"direction": f'is missing; say whether more or less {self.metric} is better: "max" or "min"'})
+        if self.metric is None and self.direction is not None:
+            _refuse({"direction": "has no effect without a metric of its own; delete it, or set metric"})
+        return self
+
+
+RoundSchedule = ConstantScheduleConfig | StepScheduleConfig | ExponentialScheduleConfig | CosineScheduleConfig
+ServerScheduleConfig = Annotated[RoundSchedule, Field(discriminator="kind")]
+TrainingScheduleConfig = Annotated[RoundSchedule | PlateauScheduleConfig, Field(discriminator="kind")]
+
+
 class _OptimizerTable(ConfigTable):
-    learning_rate: LearningRate = Field(default=0.001, description="Step size of the first round.")
+    learning_rate: LearningRate = Field(default=0.001, description="Step size, before [training.schedule].")
     weight_decay: float = Field(
         default=0.0, ge=0, le=1e3, description="Weight decay: L2 for sgd and adam, decoupled for adamw."
     )
     epoch_decay: Factor = Field(
         default=1.0, description="Factor on the learning rate after every local epoch. 1: none."
-    )
-    round_decay: Factor = Field(
-        default=1.0,
-        description="Factor on the learning rate after every round: round r uses learning_rate * round_decay^(r-1).",
     )
 
 
@@ -171,7 +248,7 @@ class SgdConfig(_OptimizerTable):
     """torch.optim.SGD at the sites."""
 
     kind: Literal["sgd"] = Field(default="sgd", description="torch.optim.SGD.")
-    learning_rate: LearningRate = Field(default=0.1, description="Step size of the first round.")
+    learning_rate: LearningRate = Field(default=0.1, description="Step size, before [training.schedule].")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum coefficient.")
 
 
@@ -214,6 +291,9 @@ class TrainingConfig(ConfigTable):
         description="CPU threads that torch uses at every site. Fixed, because floating-point sums depend on it.",
     )
     optimizer: OptimizerConfig = Field(default=SgdConfig(), description="How a client steps.")
+    schedule: TrainingScheduleConfig = Field(
+        default=ConstantScheduleConfig(), description="How the clients' learning rate changes from round to round."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -232,27 +312,13 @@ class MergeConfig(ConfigTable):
         examples=["*.running_var"],
     )
     rule: Literal["mean", "maximum", "keep"] = Field(
-        description="mean: weighted mean over the updates; maximum: elementwise; keep: stays as it is in the base version.",
+        description="mean: what the aggregator does to floating tensors, such as the weighted mean; maximum: elementwise; keep: "
+        "stays as it is in the base version.",
         examples=["mean"],
     )
 
 
-class MeanConfig(ConfigTable):
-    """Weighted mean of the updates, summed exactly: no arrival order changes a bit."""
-
-    kind: Literal["mean"] = Field(default="mean", description="Weighted mean.")
-    weighting: Literal["examples", "uniform", "custom"] = Field(
-        default="examples",
-        description="Weight of an update: its number of examples, 1, or the whole number that the workload gives.",
-    )
-    max_weight: int | None = Field(
-        default=None,
-        ge=1,
-        le=2**40,
-        description="Largest weight that is accepted; an update with more is refused by name. Smaller means a finer mean. Unset: "
-        "as much as the resolution allows, at most 2^20.",
-        examples=[100_000],
-    )
+class _AggregationTable(ConfigTable):
     bound: float | None = Field(
         default=None,
         gt=0,
@@ -269,18 +335,302 @@ class MeanConfig(ConfigTable):
         examples=[[{"pattern": "*.num_batches_tracked", "rule": "maximum"}]],
     )
 
+
+class MeanConfig(_AggregationTable):
+    """Weighted mean of the updates, summed exactly: no arrival order changes a bit."""
+
+    kind: Literal["mean"] = Field(default="mean", description="Weighted mean.")
+    weighting: Literal["examples", "uniform", "custom"] = Field(
+        default="examples",
+        description="Weight of an update: its number of examples, 1, or the whole number that the workload gives.",
+    )
+    importance: dict[LabelWord, Count] = Field(
+        default={},
+        max_length=MAX_COHORT,
+        description="Sites by name, and the whole number that the weight of each one's updates is multiplied by. Who is not named "
+        "counts once.",
+        examples=[{"hospital-north": 3}],
+    )
+    max_weight: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**40,
+        description="Largest weight that is accepted; an update with more is refused by name. Smaller means a finer mean. Unset: "
+        "as much as the resolution allows, at most 2^20.",
+        examples=[100_000],
+    )
+
     @model_validator(mode="after")
     def _check(self) -> MeanConfig:
-        if self.weighting == "uniform" and self.max_weight is not None:
+        most = max(self.importance.values(), default=1)
+        if self.weighting == "uniform" and not self.importance and self.max_weight is not None:
             _refuse({"max_weight": 'has no effect with weighting = "uniform", where every weight is 1; delete it'})
+        if self.max_weight is not None and most > self.max_weight:
+            _refuse(
+                {"importance": f"expected at most max_weight ({self.max_weight}), got {most}: raise it, or lower this"}
+            )
         return self
 
 
-class ServerSgdConfig(ConfigTable):
+# Rules that go by distances keep the distance of any two updates of a round.
+MAX_COMPARED = 4096
+
+
+class RobustConfig(_AggregationTable):
+    """What all robust rules have in common. Every update counts the same: a site that may lie about its update may lie about its
+    number of examples, too."""
+
+    NEEDS: ClassVar[str] = "2f + 1"
+    COMPARES: ClassVar[bool] = True
+    weighting: ClassVar[Literal["uniform"]] = "uniform"
+    max_weight: ClassVar[None] = None
+    importance: ClassVar[Mapping[str, int]] = {}
+
+    kind: str
+    num_byzantine: int = Field(
+        ge=1,
+        le=MAX_COHORT,
+        description="Bad updates per round that are to do no harm, whatever they hold: f.",
+        examples=[1],
+    )
+    num_byzantine_population: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_COUNT,
+        description="Bad sites among all that may be drawn. Submission then says how likely it is that a cohort of the run holds "
+        "more than num_byzantine of them. Unset: as large a part as num_byzantine is of size.",
+        examples=[3],
+    )
+    mixing: Literal["none", "nearest"] = Field(
+        default="none",
+        description="What is done to the updates before the rule. nearest: each becomes the mean of those nearest to it, all but "
+        "num_byzantine; helps where sites differ much.",
+    )
+
+    def least_updates(self) -> int:
+        """Updates that the rule needs at least: `NEEDS` with f = num_byzantine."""
+        return 2 * self.num_byzantine + 1
+
+    def problems(self, cohort: CohortConfig) -> dict[str, str]:
+        """What the cohort does not allow, by field: (field, sentence)."""
+        problems: dict[str, str] = {}
+        if self.least_updates() > cohort.quorum:
+            problems["num_byzantine"] = (
+                f"{self.kind} needs {self.NEEDS} = {self.least_updates()} updates, and a round may close with cohort.quorum = "
+                f"{cohort.quorum}; raise the quorum, or lower num_byzantine from {self.num_byzantine}"
+            )
+        most = math.ceil(cohort.size * cohort.over_selection)
+        if (self.COMPARES or self.mixing != "none") and most > MAX_COMPARED:
+            problems["kind"] = (
+                f"{self.kind} compares every update with every other, at most {MAX_COMPARED:,} of them, and cohort.size times "
+                f'over_selection is {most:,}; lower them, or take "median" or "trimmed_mean" without mixing'
+            )
+        return problems
+
+
+class MedianConfig(RobustConfig):
+    """Coordinate by coordinate the median of the updates."""
+
+    COMPARES: ClassVar[bool] = False
+    kind: Literal["median"] = Field(default="median", description="Coordinate-wise median.")
+
+
+class TrimmedMeanConfig(RobustConfig):
+    """Coordinate by coordinate the mean of the updates without the largest and the smallest."""
+
+    COMPARES: ClassVar[bool] = False
+    kind: Literal["trimmed_mean"] = Field(default="trimmed_mean", description="Coordinate-wise trimmed mean.")
+    trim: float | None = Field(
+        default=None,
+        gt=0,
+        lt=0.5,
+        description="Part of the updates left out on each side, rounded up to whole updates. Unset: num_byzantine updates.",
+        examples=[0.2],
+    )
+
+    def num_trimmed(self, num_updates: int) -> int:
+        """Values left out on each side, so that at least one stays."""
+        if self.trim is None:
+            return self.num_byzantine
+        # 0.1 of 30 is 3, whatever the nearest double to 0.1 is.
+        wanted = math.ceil(Fraction(str(self.trim)) * num_updates)
+        return max(self.num_byzantine, min(wanted, (num_updates - 1) // 2))
+
+    def problems(self, cohort: CohortConfig) -> dict[str, str]:
+        """See `RobustConfig.problems`."""
+        problems = super().problems(cohort)
+        if self.trim is not None and Fraction(str(self.trim)) * cohort.quorum < self.num_byzantine:
+            problems["trim"] = (
+                f"expected at least num_byzantine / cohort.quorum = {self.num_byzantine / cohort.quorum:.4g}, got {self.trim:g}; a "
+                "round may close with so few updates: raise it, or delete it to leave out num_byzantine on each side"
+            )
+        return problems
+
+
+class KrumConfig(RobustConfig):
+    """The one update that lies nearest to most others."""
+
+    NEEDS: ClassVar[str] = "2f + 3"
+    kind: Literal["krum"] = Field(default="krum", description="The update nearest to most others.")
+
+    def least_updates(self) -> int:
+        """See `RobustConfig.least_updates`."""
+        return 2 * self.num_byzantine + 3
+
+
+class MultiKrumConfig(RobustConfig):
+    """The mean of the updates that lie nearest to most others."""
+
+    NEEDS: ClassVar[str] = "2f + 3"
+    kind: Literal["multi_krum"] = Field(default="multi_krum", description="Mean of those nearest to most others.")
+    num_averaged: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COHORT,
+        description="Updates that are averaged, at most n - num_byzantine - 2 of n. Unset: so many.",
+        examples=[2],
+    )
+
+    def least_updates(self) -> int:
+        """See `RobustConfig.least_updates`."""
+        return 2 * self.num_byzantine + 3
+
+    def problems(self, cohort: CohortConfig) -> dict[str, str]:
+        """See `RobustConfig.problems`."""
+        problems = super().problems(cohort)
+        most = cohort.quorum - self.num_byzantine - 2
+        if self.num_averaged is not None and not problems and self.num_averaged > most:
+            problems["num_averaged"] = (
+                f"expected at most cohort.quorum - num_byzantine - 2 = {most}, got {self.num_averaged}; bad updates could be among "
+                "them: lower it, or raise the quorum"
+            )
+        return problems
+
+
+class BulyanConfig(RobustConfig):
+    """Krum chooses updates, and each coordinate becomes the mean of the values nearest to their median."""
+
+    NEEDS: ClassVar[str] = "4f + 3"
+    kind: Literal["bulyan"] = Field(default="bulyan", description="Krum, then the values nearest to the median.")
+
+    def least_updates(self) -> int:
+        """See `RobustConfig.least_updates`."""
+        return 4 * self.num_byzantine + 3
+
+
+class GeometricMedianConfig(RobustConfig):
+    """The point whose distances to all updates add up to the least: RFA."""
+
+    kind: Literal["geometric_median"] = Field(default="geometric_median", description="Geometric median: RFA.")
+    iterations: int = Field(default=100, ge=1, le=10_000, description="Most steps of Weiszfeld's algorithm.")
+    smoothing: float = Field(
+        default=1e-6,
+        gt=0,
+        le=1,
+        description="Distance below which updates count as equally near, in medians of the updates' distances to their mean.",
+    )
+
+
+class _ClippingTable(RobustConfig):
+    clipping_norm: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e12,
+        description="Length at which an update is cut: the L2 norm over all parameters. Unset: the median of the round's updates.",
+        examples=[1.0],
+    )
+
+
+class NormBoundingConfig(_ClippingTable):
+    """The mean of the updates, of which long ones are shortened."""
+
+    kind: Literal["norm_bounding"] = Field(default="norm_bounding", description="Mean of updates cut to a length.")
+
+
+class CenteredClippingConfig(_ClippingTable):
+    """The mean of the updates, of which those far from the result are drawn nearer to it."""
+
+    kind: Literal["centered_clipping"] = Field(
+        default="centered_clipping", description="Mean of updates cut to a distance from the result."
+    )
+    iterations: int = Field(default=10, ge=1, le=10_000, description="How often result and distances are found anew.")
+
+
+AggregationConfig = Annotated[
+    MeanConfig
+    | MedianConfig
+    | TrimmedMeanConfig
+    | KrumConfig
+    | MultiKrumConfig
+    | BulyanConfig
+    | GeometricMedianConfig
+    | NormBoundingConfig
+    | CenteredClippingConfig,
+    Field(discriminator="kind"),
+]
+
+
+class _ServerOptimizerTable(ConfigTable):
+    learning_rate: LearningRate = Field(
+        default=1.0, description="Factor on what is added to the model, before [server_optimizer.schedule]."
+    )
+    schedule: ServerScheduleConfig = Field(
+        default=ConstantScheduleConfig(),
+        description="How the server's learning rate changes from round to round.",
+    )
+
+
+class ServerSgdConfig(_ServerOptimizerTable):
     """The next model is the last plus learning_rate times the mean update."""
 
     kind: Literal["sgd"] = Field(default="sgd", description="Adds the mean update times the learning rate.")
     learning_rate: LearningRate = Field(default=1.0, description="Factor on the mean update. 1 is federated averaging.")
+
+
+class ServerMomentumConfig(_ServerOptimizerTable):
+    """FedAvgM: mean updates add up, and fade."""
+
+    kind: Literal["momentum"] = Field(default="momentum", description="Adds a fading sum of the mean updates: FedAvgM.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="What is left of the sum after a round.")
+
+
+class _AdaptiveTable(_ServerOptimizerTable):
+    learning_rate: LearningRate = Field(default=0.01, description="About what a coordinate moves in a round.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean of updates. 0: only this round's.")
+    tau: float = Field(
+        default=1e-3,
+        gt=0,
+        le=1e6,
+        description="Size of an update below which steps are no longer scaled up. Larger is closer to plain averaging.",
+    )
+
+
+class ServerAdagradConfig(_AdaptiveTable):
+    """FedAdagrad: every coordinate's step is divided by the root of the sum of its squared updates."""
+
+    kind: Literal["adagrad"] = Field(default="adagrad", description="Divides by all updates so far: FedAdagrad.")
+    learning_rate: LearningRate = Field(default=0.1, description="What a coordinate moves at most in the first round.")
+    beta1: float = Field(default=0.0, ge=0, lt=1, description="Decay of the mean of updates. 0: only this round's.")
+
+
+class ServerAdamConfig(_AdaptiveTable):
+    """FedAdam: every coordinate's step is divided by the root of the mean of its squared updates."""
+
+    kind: Literal["adam"] = Field(default="adam", description="Divides by the mean size of updates: FedAdam.")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the mean of squared updates.")
+
+
+class ServerYogiConfig(_AdaptiveTable):
+    """FedYogi: as FedAdam, with a mean of squares that falls slowly."""
+
+    kind: Literal["yogi"] = Field(default="yogi", description="As adam, but forgets large updates slowly: FedYogi.")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the mean of squared updates.")
+
+
+ServerOptimizerConfig = Annotated[
+    ServerSgdConfig | ServerMomentumConfig | ServerAdagradConfig | ServerAdamConfig | ServerYogiConfig,
+    Field(discriminator="kind"),
+]
 
 
 class EvaluationConfig(ConfigTable):
@@ -429,8 +779,8 @@ class RunConfig(ConfigTable):
     training: TrainingConfig = Field(
         default=TrainingConfig(), description="What a client does with the model it receives."
     )
-    aggregation: MeanConfig = Field(default=MeanConfig(), description="How updates become one.")
-    server_optimizer: ServerSgdConfig = Field(
+    aggregation: AggregationConfig = Field(default=MeanConfig(), description="How updates become one.")
+    server_optimizer: ServerOptimizerConfig = Field(
         default=ServerSgdConfig(), description="How the combined update becomes the next model."
     )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="How model versions are measured.")
@@ -444,6 +794,22 @@ class RunConfig(ConfigTable):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         problems: dict[str, str] = {}
+        schedules = {"training": self.training.schedule, "server_optimizer": self.server_optimizer.schedule}
+        for table, schedule in schedules.items():
+            if schedule.warmup_rounds >= self.schedule.max_rounds:
+                problems[f"{table}.schedule.warmup_rounds"] = (
+                    f"expected less than schedule.max_rounds ({self.schedule.max_rounds}), got {schedule.warmup_rounds}; no round "
+                    "would have the whole learning rate: lower it"
+                )
+        plateau = self.training.schedule
+        if isinstance(plateau, PlateauScheduleConfig) and self.evaluation.at == "none":
+            if plateau.metric is None or not plateau.metric.startswith("train."):
+                problems["training.schedule.metric"] = (
+                    'needs a measured metric, and evaluation.at is "none"; watch one of the training, such as "train.loss", or set '
+                    'evaluation.at to "clients"'
+                )
+        if isinstance(self.aggregation, RobustConfig):
+            problems |= {f"aggregation.{name}": text for name, text in self.aggregation.problems(self.cohort).items()}
         if self.evaluation.at == "none":
             for field in ("target", "patience"):
                 if getattr(self.stop, field) is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from fed_server.optim.base import State
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,11 @@ class Sgd:
 
     learning_rate: float = 1.0
 
-    def step(self, weights: Tensor, delta: Tensor) -> Tensor:
-        """See `ServerOptimizer.step`. Multiply and add are separate operations, so that every CPU rounds alike."""
-        return delta.mul_(self.learning_rate).add_(weights)
+    @property
+    def initial(self) -> Mapping[str, float]:
+        """Nothing is kept."""
+        return {}
+
+    def step(self, state: State, weights: Tensor, delta: Tensor) -> tuple[State, Tensor]:
+        """See `ServerOptimizer.step`."""
+        return (), delta.mul_(self.learning_rate).add_(weights)

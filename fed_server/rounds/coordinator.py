@@ -23,11 +23,12 @@ from fed_core.payload.reader import PayloadReader
 from fed_core.specs import fingerprint
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RunConfig, parse_run_config
+from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
-from fed_server.rounds.policy import run_grid_policy
+from fed_server.rounds.policy import run_grid_policy, server_optimizer
 from fed_server.rounds.run import LiveRun
 from fed_server.rounds.signal import Signal
 from fed_server.rounds.surroundings import Facilities
@@ -622,7 +623,9 @@ def _why_dropped(tx: Transaction, client_id: str, assignment_id: str) -> str:
 
 
 def _require_disk(facilities: Facilities, manifest: Manifest, config: RunConfig) -> None:
-    """A run needs its kept versions, the one being made, master weights, payloads and a round's updates at once."""
+    """A run needs its kept versions, the one being made, master weights, payloads, a round's updates, and what the server optimizer
+    keeps, twice, at once."""
     updates = config.cohort.size * config.cohort.over_selection
-    needed = int(manifest.raw_bytes * (config.keep.versions + 6 + updates))
+    state_bytes = sum(spec.num_bytes for spec in state_specs(server_optimizer(config, 1), manifest.specs))
+    needed = int(manifest.raw_bytes * (config.keep.versions + 6 + updates)) + 2 * state_bytes
     facilities.files.require_free(needed, f"run {config.name!r} (its versions and a round's updates)")

@@ -6,14 +6,17 @@ from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.registry import EncodingConfig
 from fed_core.plan import OptimizerPlan, TrainingPlan
 from fed_server.aggregation.grid import GridPolicy, grid_policy
-from fed_server.config import EpochsConfig, RunConfig
+from fed_server.config import EpochsConfig, PlateauScheduleConfig, RunConfig
+from fed_server.optim.base import ServerOptimizer
+from fed_server.optim.registry import make_optimizer
+from fed_server.optim.schedule import NO_PLATEAU, Plateau, rate_factor, update_plateau
 from fed_server.rounds.cohort import num_selected
 from fed_server.rounds.stop import StopRules
-from fed_server.store.base import AssignmentKind, AssignmentRecord
+from fed_server.store.base import AssignmentKind, AssignmentRecord, Metrics
 
 
-def training_plan(config: RunConfig, assignment: AssignmentRecord) -> TrainingPlan:
-    """The plan of an assignment: the round's learning rate is learning_rate * round_decay**(round - 1)."""
+def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plateau) -> TrainingPlan:
+    """The plan of an assignment. `plateau` is what a plateau schedule has seen before the assignment's round."""
     training, optimizer = config.training, config.training.optimizer
     work = training.local_work
     is_training = assignment.kind is AssignmentKind.TRAIN
@@ -23,7 +26,7 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord) -> TrainingPl
         batch_size=training.batch_size if is_training else config.evaluation.batch_size,
         optimizer=OptimizerPlan(
             kind=optimizer.kind,
-            learning_rate=optimizer.learning_rate * optimizer.round_decay ** (assignment.round - 1),
+            learning_rate=learning_rate(config, assignment.round, plateau),
             momentum=optimizer.momentum,
             weight_decay=optimizer.weight_decay,
             epoch_decay=optimizer.epoch_decay,
@@ -33,6 +36,27 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord) -> TrainingPl
         overridable=training.overridable,
         num_threads=training.num_threads,
     )
+
+
+def learning_rate(config: RunConfig, round: int, plateau: Plateau = NO_PLATEAU) -> float:
+    """The clients' learning rate in a round, before what a site does within it. `plateau` as for `training_plan`."""
+    training = config.training
+    return training.optimizer.learning_rate * rate_factor(training.schedule, round, config.schedule.max_rounds, plateau)
+
+
+def server_optimizer(config: RunConfig, round: int) -> ServerOptimizer:
+    """The server's optimizer with the learning rate of a round."""
+    optimizer = config.server_optimizer
+    return make_optimizer(optimizer, rate_factor(optimizer.schedule, round, config.schedule.max_rounds))
+
+
+def plateau_after(config: RunConfig, plateau: Plateau, round: int, metrics: Metrics) -> Plateau:
+    """What a plateau schedule has seen after a round with these metrics; unchanged where the run has another schedule."""
+    schedule, evaluation = config.training.schedule, config.evaluation
+    if not isinstance(schedule, PlateauScheduleConfig):
+        return plateau
+    value = metrics.get(schedule.metric or evaluation.metric)
+    return update_plateau(plateau, schedule, round, value, schedule.direction or evaluation.direction)
 
 
 def uplink_encoding(config: RunConfig) -> EncodingConfig:

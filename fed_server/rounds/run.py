@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from fed_core.codecs.base import Encoding
 from fed_core.codecs.registry import CODECS_OF
@@ -26,14 +28,22 @@ from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.registry import AGGREGATORS
 from fed_server.aggregation.validate import Expected
 from fed_server.config import DeltaDownlinkConfig, LatticeDownlinkConfig, RawDownlinkConfig, RunConfig
-from fed_server.optim.sgd import Sgd
+from fed_server.optim.schedule import Plateau
+from fed_server.optim.state import open_steps
 from fed_server.rounds.broadcast import WHOLE, Broadcasts
 from fed_server.rounds.cohort import broadcast_seed, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
 from fed_server.rounds.downlink import lattice_for
 from fed_server.rounds.folding import Folding
 from fed_server.rounds.metrics import mean_metrics
-from fed_server.rounds.policy import run_grid_policy, stop_rules, training_plan
+from fed_server.rounds.policy import (
+    learning_rate,
+    plateau_after,
+    run_grid_policy,
+    server_optimizer,
+    stop_rules,
+    training_plan,
+)
 from fed_server.rounds.signal import Signal
 from fed_server.rounds.stop import Best, stop_reason, update_best
 from fed_server.rounds.surroundings import Facilities, Surroundings
@@ -137,7 +147,7 @@ class LiveRun:
 
     def plan(self, assignment: AssignmentRecord) -> TrainingPlan:
         """What the assignment's client is told to do."""
-        return training_plan(self.config, assignment)
+        return training_plan(self.config, assignment, self._plateau)
 
     def expected(self, assignment: AssignmentRecord) -> Expected:
         """What the assignment's update must be. Raises NoLongerNeededError when the round is over."""
@@ -155,6 +165,11 @@ class LiveRun:
             weighting=self.config.aggregation.weighting,
             max_weight=self._grid_policy.max_weight,
         )
+
+    @property
+    def _plateau(self) -> Plateau:
+        record = self.record
+        return Plateau(record.plateau_factor, record.plateau_best, record.plateau_num_without_gain)
 
     # The driver
 
@@ -368,6 +383,7 @@ class LiveRun:
                 "run": self.record.name,
                 "round": number,
                 "cohort": list(selection.cohort),
+                "learning_rate": learning_rate(self.config, number, self._plateau),
                 "reason": selection.reason,
             },
         )
@@ -430,6 +446,8 @@ class LiveRun:
             return
         version = self.record.model_version + 1
         model_path, master_path = files.model_path(self.run_id, version), files.master_path(self.run_id, version)
+        optimizer_path = files.optimizer_path(self.run_id, version)
+        optimizer_part = files.temporary(optimizer_path)
         parts = VersionPaths(
             master=files.temporary(master_path),
             model=files.temporary(model_path),
@@ -438,7 +456,7 @@ class LiveRun:
         workers = self._facilities.workers
         try:
             with files.disk_errors(f"making version {version}"):
-                made = await workers.compute(self._make_version, aggregate, version, parts)
+                made = await workers.compute(self._make_version, aggregate, version, parts, optimizer_part)
             model = ModelRecord(
                 run_id=self.run_id,
                 version=version,
@@ -474,11 +492,12 @@ class LiveRun:
                     workers.disk(files.publish, parts.model, model_path),
                     workers.disk(files.publish, parts.payload, files.payload_path(broadcast.digest)),
                     *([workers.disk(files.publish, parts.master, master_path)] if self._sends_deltas else []),
+                    *([workers.disk(files.publish, optimizer_part, optimizer_path)] if self._keeps_state else []),
                 )
                 failpoint("before-commit")
                 evaluators, committed = await self._commit(model, broadcast)
         finally:
-            for part in (parts.master, parts.model, parts.payload):
+            for part in (parts.master, parts.model, parts.payload, optimizer_part):
                 part.unlink(missing_ok=True)
         logger.info(
             "version committed",
@@ -489,34 +508,49 @@ class LiveRun:
         if committed.state is RoundState.COMMITTED:
             await self._retire_versions()
 
-    def _make_version(self, aggregate: Aggregator, version: int, parts: VersionPaths) -> MadeVersion:
+    def _make_version(
+        self, aggregate: Aggregator, version: int, parts: VersionPaths, optimizer_part: Path
+    ) -> MadeVersion:
         """Writes the next version's files; blocks."""
         assert self.round is not None
         files, base = self._facilities.files, self.models[self.round.base_version]
-        optimizer = Sgd(self.config.server_optimizer.learning_rate)
-        with SafetensorsReader(files.model_path(self.run_id, base.version)) as committed:
+        with ExitStack() as opened:
+            steps = opened.enter_context(
+                open_steps(
+                    server_optimizer(self.config, self.round.round),
+                    self.specs,
+                    files.optimizer_path(self.run_id, base.version) if base.version > 0 else None,
+                    optimizer_part,
+                    {"run_id": self.run_id, "version": str(version)},
+                )
+            )
+            committed = opened.enter_context(SafetensorsReader(files.model_path(self.run_id, base.version)))
             if not self._sends_deltas:
                 return write_whole(
                     self.specs,
-                    next_tile(committed, aggregate, optimizer),
+                    next_tile(committed, aggregate, steps),
                     parts.model,
                     parts.payload,
                     run_id=self.run_id,
                     version=version,
                 )
-            with SafetensorsReader(files.master_path(self.run_id, base.version)) as master:
-                return write_encoded(
-                    self.specs,
-                    next_tile(master, aggregate, optimizer),
-                    self._downlink_encoding,
-                    parts,
-                    run_id=self.run_id,
-                    version=version,
-                    seed=broadcast_seed(self.config.seed, version),
-                    master=master,
-                    base=committed,
-                    base_digest=bytes.fromhex(base.payload_digest),
-                )
+            master = opened.enter_context(SafetensorsReader(files.master_path(self.run_id, base.version)))
+            return write_encoded(
+                self.specs,
+                next_tile(master, aggregate, steps),
+                self._downlink_encoding,
+                parts,
+                run_id=self.run_id,
+                version=version,
+                seed=broadcast_seed(self.config.seed, version),
+                master=master,
+                base=committed,
+                base_digest=bytes.fromhex(base.payload_digest),
+            )
+
+    @property
+    def _keeps_state(self) -> bool:
+        return bool(server_optimizer(self.config, 1).initial)
 
     @property
     def _sends_deltas(self) -> bool:
@@ -543,6 +577,8 @@ class LiveRun:
             metrics=self._training_metrics(),
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
+        if is_last_phase:
+            record = self._measured(record, committed)
         await self._write(record, committed, evaluators, [model], [broadcast])
         self._folding.end()
         self.assignments |= {a.assignment_id: a for a in evaluators}
@@ -552,6 +588,21 @@ class LiveRun:
         if is_last_phase:
             self._end_round()
         return evaluators, committed
+
+    def _measured(self, record: RunRecord, round: RoundRecord) -> RunRecord:
+        """The run after a round that has all its metrics, as the plateau schedule sees it."""
+        plateau = plateau_after(self.config, self._plateau, round.round, round.metrics)
+        if plateau.factor < record.plateau_factor:
+            logger.info(
+                "learning rate falls",
+                extra={"run": record.name, "round": round.round, "factor": plateau.factor, "best": plateau.best},
+            )
+        return replace(
+            record,
+            plateau_factor=plateau.factor,
+            plateau_best=plateau.best,
+            plateau_num_without_gain=plateau.num_without_gain,
+        )
 
     def _new_evaluations(self, round: RoundRecord, version: int) -> list[AssignmentRecord]:
         """Evaluation assignments for those of the round's cohort who are there."""
@@ -600,6 +651,7 @@ class LiveRun:
             record = replace(
                 self.record, best_version=best.version, best_metric=best.metric, num_without_gain=best.num_without_gain
             )
+            record = self._measured(record, finished)
             dropped = self._dropped(f"evaluation of version {version} is over: {decision.reason}")
             await self._write(record, finished, dropped, [model])
             self.models[version] = model

@@ -22,7 +22,7 @@ from fed_core.tensors import apply_difference, difference, torch_dtype
 from fed_server.aggregation.base import Aggregator
 from fed_server.aggregation.exact import TILE
 from fed_server.aggregation.mean import as_reals
-from fed_server.optim.base import ServerOptimizer
+from fed_server.optim.state import Steps
 from fedstream.v1 import common_pb2
 
 TileOf = Callable[[TensorSpec, int, int], Tensor]
@@ -45,19 +45,20 @@ class MadeVersion:
     gain: float | None = None
 
 
-def next_tile(base: SafetensorsReader, aggregate: Aggregator, optimizer: ServerOptimizer) -> TileOf:
-    """The next version's values: the optimizer's step for parameters, the plain change for buffers (a running mean is no place for
-    a server learning rate), the merged value for counters, the base's value where nothing was merged."""
+def next_tile(base: SafetensorsReader, aggregate: Aggregator, steps: Steps) -> TileOf:
+    """The next version's values, to be asked for once: the optimizer's step for parameters, the plain change for buffers (a running
+    mean is no place for a server learning rate), the merged value for counters, the base's value where nothing was merged."""
 
     def tile_of(spec: TensorSpec, first: int, count: int) -> Tensor:
         tile: Tensor = base.read_tile(spec.name, first, count)
         change = aggregate.report(spec, first, count)
         if change is None:
+            steps.stay(spec, first, count)
             return tile
         if not (tile.is_floating_point() or tile.is_complex()):
             return change
         weights = as_reals(tile).to(torch.float64)
-        moved = optimizer.step(weights, change) if spec.role == "parameter" else weights + change
+        moved = steps.step(spec, first, weights, change) if spec.role == PARAMETER else weights + change
         if tile.is_complex():
             return torch.view_as_complex(moved.reshape(-1, 2)).to(tile.dtype)
         return moved.to(tile.dtype)

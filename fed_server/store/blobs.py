@@ -7,6 +7,7 @@
     updates/<assignment_id>.update       an update, whole and verified
     models/<run_id>/<version>.safetensors     a version as every client has it
     masters/<run_id>/<version>.safetensors    what the version would be had nothing been left out of its delta
+    masters/<run_id>/<version>.optimizer.safetensors     what the server optimizer keeps of the rounds up to it
     payloads/<digest>.payload            what is broadcast: versions and deltas
     .../.<name>.<token>.tmp              being written; the next daemon deletes it
 
@@ -102,6 +103,10 @@ class DataDirectory:
         """Where the master weights of a version lie."""
         return self.root / "masters" / _checked(run_id) / f"{version}.safetensors"
 
+    def optimizer_path(self, run_id: str, version: int) -> Path:
+        """Where the server optimizer's state after a version lies; like its master weights, as long as the next is made of it."""
+        return self.root / "masters" / _checked(run_id) / f"{version}.optimizer.safetensors"
+
     def payload_path(self, digest: str) -> Path:
         """Where the payload with this digest (hex) lies."""
         return self.root / "payloads" / f"{_checked(digest)}.payload"
@@ -182,7 +187,7 @@ class DataDirectory:
         live |= {self.update_path(assignment_id) for assignment_id in {*live_updates, *live_uploads}}
         live |= {self.payload_path(digest) for digest in live_payloads}
         live |= {self.model_path(run_id, version) for run_id, version in live_models}
-        live |= {self.master_path(run_id, version) for run_id, version in live_masters}
+        live |= {path(*master) for master in live_masters for path in (self.master_path, self.optimizer_path)}
         orphans = [path for path in (self.listing() if listed is None else listed) if path not in live]
         unfinished = (path for folder in _FOLDERS for path in (self.root / folder).rglob(".*.tmp"))
         orphans += [path for path in unfinished if not path.name.endswith(self._temporary_suffix)]

@@ -58,7 +58,8 @@ local_work = { kind = "epochs", epochs = 2 }
 batch_size = 5
 overridable = ["batch_size", "optimizer"]
 num_threads = 4
-optimizer = { kind = "sgd", learning_rate = 1, momentum = 0.9, weight_decay = 1e-4, epoch_decay = 0.5, round_decay = 0.99 }
+optimizer = { kind = "sgd", learning_rate = 1, momentum = 0.9, weight_decay = 1e-4, epoch_decay = 0.5 }
+schedule = { kind = "step", warmup_rounds = 1, every = 2, factor = 0.1, floor = 0.01 }
 
 [aggregation]
 kind = "mean"
@@ -70,17 +71,65 @@ merge = [{ pattern = "*.running_*", rule = "keep" }, { pattern = "steps", rule =
 [server_optimizer]
 kind = "sgd"
 learning_rate = 0.5
+schedule = { kind = "constant", warmup_rounds = 1 }
+""",
+    MINIMAL
+    + """
+[training.schedule]
+kind = "plateau"
+warmup_rounds = 1
+metric = "train.loss"
+direction = "min"
+patience = 3
+factor = 0.1
+floor = 0.01
+
+[server_optimizer]
+kind = "adam"
+learning_rate = 0.5
+beta1 = 0.5
+beta2 = 0.5
+tau = 0.01
+schedule = { kind = "step", warmup_rounds = 1, every = 2, factor = 0.1, floor = 0.01 }
+""",
+    MINIMAL
+    + """
+[training.schedule]
+kind = "constant"
+warmup_rounds = 1
+
+[server_optimizer]
+kind = "yogi"
+learning_rate = 0.5
+beta1 = 0.5
+beta2 = 0.5
+tau = 0.01
 """,
     MINIMAL
     + """
 [training]
 local_work = { kind = "steps", steps = 20 }
-optimizer = { kind = "adam", learning_rate = 0.01, weight_decay = 0.1, epoch_decay = 0.9, round_decay = 0.8 }
+optimizer = { kind = "adam", learning_rate = 0.01, weight_decay = 0.1, epoch_decay = 0.9 }
+schedule = { kind = "exponential", warmup_rounds = 1, factor = 0.9, floor = 0.01 }
+
+[server_optimizer]
+kind = "momentum"
+learning_rate = 0.5
+momentum = 0.8
+schedule = { kind = "cosine", warmup_rounds = 1, floor = 0.01 }
 """,
     MINIMAL
     + """
 [training]
-optimizer = { kind = "adamw", learning_rate = 0.01, weight_decay = 0.1, epoch_decay = 0.9, round_decay = 0.8 }
+optimizer = { kind = "adamw", learning_rate = 0.01, weight_decay = 0.1, epoch_decay = 0.9 }
+schedule = { kind = "cosine", warmup_rounds = 1, floor = 0.01 }
+
+[server_optimizer]
+kind = "adagrad"
+learning_rate = 0.5
+beta1 = 0.5
+tau = 0.01
+schedule = { kind = "exponential", warmup_rounds = 1, factor = 0.9, floor = 0.01 }
 """,
 ]
 
@@ -326,6 +375,21 @@ def _default(field: FieldInfo) -> str:
         ('downlink = { kind = "delta", encoding = { kind = "eden" } }', 'downlink.encoding.kind: "eden" is for an uplink only: it '
          "rotates in floating point"),
         ('downlink = { kind = "delta", encoding = { bits = 3 } }', 'downlink.encoding: has no kind; add kind = "auto", "raw"'),
+        ('server_optimizer.kind = "fedadam"', 'server_optimizer.kind: expected "sgd", "momentum", "adagrad", "adam" or "yogi"'),
+        ('server_optimizer = { kind = "sgd", tau = 0.1 }', "did you mean 'server_optimizer.tau', which needs kind = \"adagrad\", "),
+        ('server_optimizer = { kind = "adam", beta2 = 1 }', "server_optimizer.beta2: expected at least 0, less than 1, got 1"),
+        ('server_optimizer = { kind = "adam", tau = 0 }', "server_optimizer.tau: expected more than 0, at most 1000000, got 0"),
+        ('server_optimizer.schedule = { kind = "plateau" }', 'server_optimizer: has no kind; add kind = "sgd", "momentum"'),
+        ('server_optimizer = { kind = "sgd", schedule = { kind = "plateau" } }', 'server_optimizer.schedule.kind: expected '
+         '"constant", "step", "exponential" or "cosine", got "plateau"'),
+        ('training.schedule = { kind = "step" }', "training.schedule.every: is missing; write every = 10 under"),
+        ('training.schedule = { kind = "exponential", factor = 1.5 }', "training.schedule.factor: expected more than 0, at most 1"),
+        ('training.schedule = { kind = "cosine", floor = 0 }', "training.schedule.floor: expected more than 0, at most 1, got 0"),
+        ('training.schedule = { kind = "cosine", warmup_rounds = 10 }', "training.schedule.warmup_rounds: expected less than "
+         "schedule.max_rounds (10), got 10; no round would have the whole learning rate: lower it"),
+        ('training.schedule = { kind = "plateau", metric = "loss" }', "training.schedule.direction: is missing; say whether more"),
+        ('training.schedule = { kind = "plateau", direction = "min" }', "training.schedule.direction: has no effect without"),
+        ('training.schedule = { kind = "plateau" }\nevaluation.at = "none"', "training.schedule.metric: needs a measured metric"),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.target: needs a measured metric"),
         ('evaluation.at = "none"\nstop.target = 0.9\nstop.patience = 2', "stop.patience: needs a measured metric"),
     ],

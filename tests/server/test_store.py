@@ -77,6 +77,9 @@ RUN = RunRecord(
     best_version=1,
     best_metric=0.5,
     num_without_gain=4,
+    plateau_factor=0.25,
+    plateau_best=0.75,
+    plateau_num_without_gain=3,
     num_failed_rounds=1,
     elapsed_seconds=0.1,
 )
@@ -424,7 +427,8 @@ def test_a_database_of_a_newer_fedstream_is_refused_with_the_cure(database: Path
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
-    with pytest.raises(ConfigError, match=r"newer fedstream \(schema 9999, .* up to 0002\): install that version"):
+    known = rf"newer fedstream \(schema 9999, .* up to {migrations.HEAD}\): install that version"
+    with pytest.raises(ConfigError, match=known):
         SqlStore(f"sqlite:///{database}")
 
 

@@ -21,6 +21,7 @@ from fed_core.tensors import load_tensors
 from fed_core.workload import Site, Workload, initial_model
 from fed_server.config import EpochsConfig, RunConfig
 from fed_server.rounds.cohort import client_seed
+from fed_server.rounds.policy import learning_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ def _plan(config: RunConfig, round: int, name: str) -> TrainingPlan:
         batch_size=training.batch_size,
         optimizer=OptimizerPlan(
             kind=optimizer.kind,
-            learning_rate=optimizer.learning_rate * optimizer.round_decay ** (round - 1),
+            learning_rate=learning_rate(config, round),
             momentum=optimizer.momentum,
             weight_decay=optimizer.weight_decay,
             epoch_decay=optimizer.epoch_decay,
