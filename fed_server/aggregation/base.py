@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import TensorSpec
+from fed_server.aggregation.merge_rules import MergeRule
+
+
+@dataclass(frozen=True)
+class AggregatorSetting:
+    """What an aggregator of one round works with besides its config: the model's tensors, the round's grid and the merge rules by
+    name, and a folder for files that go with the aggregator."""
+
+    specs: Sequence[TensorSpec]
+    grid: Mapping[str, int]
+    rules: Mapping[str, MergeRule]
+    scratch_folder: Path
 
 
 class Aggregator(Protocol):
     """Combines a round's updates, a stream: memory does not grow with the cohort.
 
-    `add` is called once per update, from one thread, in any order; the result may not depend on it.
+    `add` is called once per update, from one thread, in any order; the result may not depend on it. Then `prepare`, then `report`.
     """
 
     def add(self, update: PayloadReader, weight: int) -> None:
-        """Folds one verified update. `weight` is a whole number from 1 to the run's max_weight."""
+        """Folds one verified update. `weight` is a whole number from 1 to the run's max_weight. Raises OSError where the disk is
+        full; the aggregator is then as it was."""
         ...
 
     @property
@@ -32,6 +48,11 @@ class Aggregator(Protocol):
 
     def can_report(self) -> bool:
         """Whether there is anything to report."""
+        ...
+
+    def prepare(self) -> None:
+        """Decides what only all updates together decide; blocks for as long as passes over them take. After the last `add` and
+        before the first `report`; a repeat changes nothing. Raises InvalidError where the updates are not what the rule needs."""
         ...
 
     def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:

@@ -83,6 +83,9 @@ class WeightedMean:
         """Whether at least one update was folded."""
         return self._total_weight > 0
 
+    def prepare(self) -> None:
+        """Nothing is left to decide."""
+
     def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:
         """See `Aggregator.report`."""
         if spec.name in self._sums:

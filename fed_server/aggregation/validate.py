@@ -23,7 +23,8 @@ MAX_METRICS = 64
 @dataclass(frozen=True)
 class Expected:
     """What an assignment asked for. `bounds` holds the largest absolute value by tensor; tensors without one are not bounded.
-    `codecs` are those that the run takes besides raw."""
+    `codecs` are those that the run takes besides raw;
+    `importance` is what the operator multiplies the weight by."""
 
     assignment_id: str
     run_id: str
@@ -35,6 +36,7 @@ class Expected:
     codecs: Collection[str]
     weighting: str
     max_weight: int
+    importance: int = 1
 
 
 def check_manifest(manifest: Manifest, expected: Expected) -> int:
@@ -70,9 +72,7 @@ def weight_of(num_examples: int, custom_weight: int, expected: Expected) -> int:
     """The whole number that the update is weighted by. Raises UpdateRefusedError where it is not in 1..max_weight."""
     if num_examples < 1:
         raise UpdateRefusedError(f"num_examples is {num_examples}; expected at least 1")
-    if expected.weighting == "uniform":
-        return 1
-    weight = custom_weight if expected.weighting == "custom" else num_examples
+    weight = {"examples": num_examples, "custom": custom_weight, "uniform": 1}[expected.weighting] * expected.importance
     if not 1 <= weight <= expected.max_weight:
         raise UpdateRefusedError(
             f"weight {weight} (by {expected.weighting}) is outside 1..{expected.max_weight}; raise aggregation.max_weight or "

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from fed_core.errors import FedstreamError
+from fed_core.errors import DiskFullError, FedstreamError
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.verify import verify_file
 from fed_server.aggregation.base import Aggregator
@@ -33,26 +33,35 @@ class Folding:
         self._make: MakeAggregate | None = None
         self._aggregate: Aggregator | None = None
         self._folded: list[AssignmentRecord] = []
+        # Those that there was no disk for, with what was said then.
+        self._waiting: list[AssignmentRecord] = []
+        self._disk_full: DiskFullError | None = None
         self.lost: list[tuple[AssignmentRecord, str]] = []
         """Updates that were stored and cannot be read any more, each with a sentence that says why."""
 
     def begin(self, make: MakeAggregate) -> None:
         """Opens a round; `make` makes an empty aggregate."""
         self._opening += 1
-        self._make, self._aggregate, self._folded, self.lost = make, make(), [], []
+        self._make, self._aggregate, self._folded, self.lost, self._waiting = make, make(), [], [], []
 
     def end(self) -> None:
         """Closes the round; what still waits in the queue is passed over."""
         self._opening += 1
-        self._make, self._aggregate, self._folded, self.lost = None, None, [], []
+        self._make, self._aggregate, self._folded, self.lost, self._waiting = None, None, [], [], []
 
     def put(self, update: AssignmentRecord) -> None:
         """Queues a durable update."""
         self._queue.put_nowait((self._opening, update))
 
     async def finished(self) -> Aggregator | None:
-        """The aggregate of everything that was put; None where no update could be folded."""
+        """The aggregate of everything that was put; None where no update could be folded. Raises DiskFullError where an aggregator
+        that keeps its updates on disk has no room for one; another call tries again."""
+        waiting, self._waiting = self._waiting, []
+        for update in waiting:
+            self.put(update)
         await self._queue.join()
+        if self._waiting and self._disk_full is not None:
+            raise self._disk_full
         return self._aggregate if self._aggregate is not None and self._aggregate.can_report() else None
 
     async def run(self) -> None:
@@ -64,6 +73,11 @@ class Folding:
                     await self._workers.compute(self._fold, update, self._aggregate)
                     if opening == self._opening:
                         self._folded.append(update)
+            except DiskFullError as error:
+                # No fault of the update's, and the aggregate is as it was.
+                if opening == self._opening:
+                    self._waiting.append(update)
+                    self._disk_full = error
             except (FedstreamError, OSError) as error:
                 # Verified when it came, unreadable now: the disk lost it. Part of it may be in the sums, so they begin anew.
                 reason = f"the coordinator's copy of this update cannot be read: {error}"
@@ -77,7 +91,10 @@ class Folding:
                 self._queue.task_done()
 
     def _fold(self, update: AssignmentRecord, aggregate: Aggregator) -> None:
-        with PayloadReader(self._files.update_path(update.assignment_id)) as reader:
+        with (
+            PayloadReader(self._files.update_path(update.assignment_id)) as reader,
+            self._files.disk_errors("keeping the updates of a round side by side"),
+        ):
             aggregate.add(reader, update.weight)
 
     async def damage(self, update: AssignmentRecord) -> str:

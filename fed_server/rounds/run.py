@@ -16,16 +16,16 @@ from pathlib import Path
 
 from fed_core.codecs.base import Encoding
 from fed_core.codecs.registry import CODECS_OF
-from fed_core.errors import DiskFullError, FedstreamError, NoLongerNeededError
+from fed_core.errors import DiskFullError, FedstreamError, InvalidError, NoLongerNeededError
 from fed_core.failpoints import failpoint
 from fed_core.payload.manifest import Manifest
 from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec
-from fed_server.aggregation.base import Aggregator
+from fed_server.aggregation.base import Aggregator, AggregatorSetting
 from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.merge_rules import merge_rules
-from fed_server.aggregation.registry import AGGREGATORS
+from fed_server.aggregation.registry import new_aggregator
 from fed_server.aggregation.validate import Expected
 from fed_server.config import DeltaDownlinkConfig, LatticeDownlinkConfig, RawDownlinkConfig, RunConfig
 from fed_server.optim.schedule import Plateau
@@ -164,6 +164,7 @@ class LiveRun:
             codecs=CODECS_OF[self.config.uplink.kind],
             weighting=self.config.aggregation.weighting,
             max_weight=self._grid_policy.max_weight,
+            importance=self.config.aggregation.importance.get(self._surroundings.name_of(assignment.client_id), 1),
         )
 
     @property
@@ -443,6 +444,11 @@ class LiveRun:
             await self._fail_round(
                 Decision(Verdict.FAIL, f"fewer updates than the quorum of {round.quorum} are left: {lost}")
             )
+            return
+        try:
+            await self._facilities.workers.compute(aggregate.prepare)
+        except InvalidError as error:
+            await self._fail_round(Decision(Verdict.FAIL, str(error)))
             return
         version = self.record.model_version + 1
         model_path, master_path = files.model_path(self.run_id, version), files.master_path(self.run_id, version)
@@ -903,7 +909,8 @@ class LiveRun:
         assert self.round is not None
         aggregation = self.config.aggregation
         rules = merge_rules(self.specs, [(m.pattern, m.rule) for m in aggregation.merge])
-        return AGGREGATORS[aggregation.kind](self.specs, self.round.grid, rules)
+        setting = AggregatorSetting(self.specs, self.round.grid, rules, self._facilities.files.scratch_folder)
+        return new_aggregator(setting, aggregation)
 
     # Metrics
 

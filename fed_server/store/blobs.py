@@ -107,6 +107,11 @@ class DataDirectory:
         """Where the server optimizer's state after a version lies; like its master weights, as long as the next is made of it."""
         return self.root / "masters" / _checked(run_id) / f"{version}.optimizer.safetensors"
 
+    @property
+    def scratch_folder(self) -> Path:
+        """Where files may be made that nobody needs longer than they are open."""
+        return self.root / "updates"
+
     def payload_path(self, digest: str) -> Path:
         """Where the payload with this digest (hex) lies."""
         return self.root / "payloads" / f"{_checked(digest)}.payload"
