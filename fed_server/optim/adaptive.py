@@ -23,7 +23,7 @@ from torch import Tensor
 from fed_server.optim.base import State
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Adaptive(ABC):
     """What the three have in common: all but the rule of v."""
 
@@ -50,7 +50,7 @@ class _Adaptive(ABC):
         """The next v; both are free to be overwritten."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adagrad(_Adaptive):
     """FedAdagrad: steps shrink with all that a coordinate has moved so far. The paper uses it without momentum."""
 
@@ -62,7 +62,7 @@ class Adagrad(_Adaptive):
         return v.add_(square)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adam(_Adaptive):
     """FedAdam: steps shrink with what a coordinate has moved lately."""
 
@@ -75,7 +75,7 @@ class Adam(_Adaptive):
         return v.mul_(self.beta2).add_(square.mul_(1.0 - self.beta2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Yogi(Adam):
     """FedYogi: as FedAdam, but v falls slowly where updates become small, by no more than (1 - beta2) * delta^2."""
 
