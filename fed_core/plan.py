@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from fed_core.errors import InvalidError
@@ -19,6 +19,14 @@ _WIRE_OF_KIND: Final = {
     "adamw": common_pb2.OPTIMIZER_KIND_ADAMW,
 }
 _KIND_OF_WIRE: Final = {wire: kind for kind, wire in _WIRE_OF_KIND.items()}
+_WIRE_OF_OBJECTIVE: Final = {
+    "plain": common_pb2.OBJECTIVE_KIND_PLAIN,
+    "fedprox": common_pb2.OBJECTIVE_KIND_FEDPROX,
+    "fednova": common_pb2.OBJECTIVE_KIND_FEDNOVA,
+}
+_OBJECTIVE_OF_WIRE: Final = {wire: kind for kind, wire in _WIRE_OF_OBJECTIVE.items()} | {
+    common_pb2.OBJECTIVE_KIND_UNSPECIFIED: "plain"
+}
 _WIRE_OF_FIELD: Final = {
     "batch_size": common_pb2.PLAN_FIELD_BATCH_SIZE,
     "learning_rate": common_pb2.PLAN_FIELD_LEARNING_RATE,
@@ -50,6 +58,20 @@ class OptimizerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectivePlan:
+    """What a client minimizes: "plain", the workload's loss; "fedprox", that plus strength / 2 |w - w received|^2; "fednova", the
+    same, with an update that is divided by the work behind it. Raises InvalidError for values out of range."""
+
+    kind: str = "plain"
+    strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.kind in _WIRE_OF_OBJECTIVE, "objective", self.kind, f"one of {', '.join(_WIRE_OF_OBJECTIVE)}")
+        _require(0 <= self.strength < math.inf, "objective.strength", self.strength, "a number of at least 0")
+        _require(self.kind != "plain" or not self.strength, "objective.strength", self.strength, "0 with plain")
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingPlan:
     """What to do with the model received. Exactly one of `epochs` and `steps` is set. Raises InvalidError for values out of range.
 
@@ -65,8 +87,13 @@ class TrainingPlan:
     time_budget_seconds: float = 0.0
     overridable: tuple[str, ...] = ()
     num_threads: int = 1
+    objective: ObjectivePlan = field(default_factory=ObjectivePlan)
 
     def __post_init__(self) -> None:
+        is_sgd = self.optimizer.kind == "sgd"
+        _require(
+            is_sgd or self.objective.kind != "fednova", "objective", "fednova", f"another with {self.optimizer.kind}"
+        )
         _require((self.epochs is None) != (self.steps is None), "local work", "both or none", "epochs or steps")
         for name, value in (("epochs", self.epochs), ("steps", self.steps)):
             _require(value is None or value >= 1, name, value, "at least 1")
@@ -91,6 +118,9 @@ class TrainingPlan:
             time_budget_seconds=self.time_budget_seconds,
             overridable=[_WIRE_OF_FIELD[name] for name in self.overridable],
             num_threads=self.num_threads,
+            objective=common_pb2.ObjectivePlan(
+                kind=_WIRE_OF_OBJECTIVE[self.objective.kind], strength=self.objective.strength
+            ),
         )
         if self.steps is not None:
             message.steps = self.steps
@@ -120,6 +150,12 @@ class TrainingPlan:
             time_budget_seconds=message.time_budget_seconds,
             overridable=known,
             num_threads=message.num_threads,
+            objective=ObjectivePlan(
+                kind=_OBJECTIVE_OF_WIRE.get(
+                    message.objective.kind, f"kind {message.objective.kind} of a newer coordinator"
+                ),
+                strength=message.objective.strength,
+            ),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -129,8 +165,14 @@ class TrainingPlan:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> TrainingPlan:
         """The inverse of `to_json`."""
-        optimizer = OptimizerPlan(**fields["optimizer"])
-        return cls(**{**fields, "optimizer": optimizer, "overridable": tuple(fields["overridable"])})
+        return cls(
+            **fields
+            | {
+                "optimizer": OptimizerPlan(**fields["optimizer"]),
+                "objective": ObjectivePlan(**fields["objective"]),
+                "overridable": tuple(fields["overridable"]),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +209,8 @@ def apply_overrides(plan: TrainingPlan, overrides: SiteOverrides) -> tuple[Train
         if part not in plan.overridable:
             setting = part if name == "kind" else name
             refused.append(f"{setting} = {value} is ignored: this run does not let a site override {part}")
+        elif name == "kind" and value != "sgd" and plan.objective.kind == "fednova":
+            refused.append(f"optimizer = {value} is ignored: this run normalizes updates (fednova), which needs sgd")
         elif part == "local_work":
             changes |= {"epochs": None, "steps": None, name: value}
         elif part == "batch_size":

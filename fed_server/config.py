@@ -269,6 +269,45 @@ class AdamWConfig(_OptimizerTable):
     momentum: ClassVar[float] = 0.0
 
 
+class PlainObjectiveConfig(ConfigTable):
+    """The workload's loss."""
+
+    kind: Literal["plain"] = Field(default="plain", description="The workload's loss.")
+
+
+class _ProximalTable(ConfigTable):
+    strength: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="Pull towards the model received: strength / 2 times the squared distance from it is added to the loss.",
+    )
+
+
+class FedProxConfig(_ProximalTable):
+    """The workload's loss and a pull towards the model received (FedProx, Li et al. 2020), for sites whose data differ."""
+
+    kind: Literal["fedprox"] = Field(
+        default="fedprox", description="The workload's loss, and a pull towards the model received."
+    )
+    strength: float = Field(
+        default=0.01,
+        ge=0,
+        le=1e6,
+        description="Pull towards the model received: strength / 2 times the squared distance from it is added to the loss.",
+    )
+
+
+class FedNovaConfig(_ProximalTable):
+    """Updates are divided by the work behind them and their mean is scaled back (FedNova, Wang et al. 2020), for sites that do
+    unequal numbers of steps. Needs the optimizer sgd."""
+
+    kind: Literal["fednova"] = Field(
+        default="fednova", description="Updates count by direction, not by how many steps a site did. Needs sgd."
+    )
+
+
+ObjectiveConfig = Annotated[PlainObjectiveConfig | FedProxConfig | FedNovaConfig, Field(discriminator="kind")]
 LocalWorkConfig = Annotated[EpochsConfig | StepsConfig, Field(discriminator="kind")]
 OptimizerConfig = Annotated[SgdConfig | AdamConfig | AdamWConfig, Field(discriminator="kind")]
 OverridableField = Literal["batch_size", "learning_rate", "local_work", "optimizer"]
@@ -291,6 +330,7 @@ class TrainingConfig(ConfigTable):
         description="CPU threads that torch uses at every site. Fixed, because floating-point sums depend on it.",
     )
     optimizer: OptimizerConfig = Field(default=SgdConfig(), description="How a client steps.")
+    objective: ObjectiveConfig = Field(default=PlainObjectiveConfig(), description="What a client minimizes.")
     schedule: TrainingScheduleConfig = Field(
         default=ConstantScheduleConfig(), description="How the clients' learning rate changes from round to round."
     )
@@ -299,6 +339,13 @@ class TrainingConfig(ConfigTable):
     def _check(self) -> TrainingConfig:
         if len(set(self.overridable)) != len(self.overridable):
             _refuse({"overridable": f"expected each name once, got {_show(self.overridable)}; delete the repetition"})
+        if isinstance(self.objective, FedNovaConfig) and not isinstance(self.optimizer, SgdConfig):
+            _refuse(
+                {
+                    "objective": f"fednova divides updates by the work of sgd, and the optimizer is {self.optimizer.kind}; take sgd, "
+                    "or another objective"
+                }
+            )
         return self
 
 

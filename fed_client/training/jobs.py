@@ -27,7 +27,7 @@ from fed_core.payload.reader import PayloadReader
 from fed_core.payload.verify import verify_file
 from fed_core.payload.writer import OnDecoded, Written, write_payload
 from fed_core.plan import TrainingPlan
-from fed_core.specs import TensorSpec, explain_difference, fingerprint
+from fed_core.specs import PARAMETER, TensorSpec, explain_difference, fingerprint, is_floating
 from fed_core.tensors import check_finite, difference, load_tensors, model_specs, model_tensors
 from fed_core.workload import Data, Site, Workload, initial_model, load_workload
 from fedstream.v1 import common_pb2
@@ -170,8 +170,9 @@ class SiteJobs:
                 is_partial=outcome.is_partial,
                 training_seconds=outcome.seconds,
                 metrics=outcome.metrics,
+                normalizer=outcome.normalizer,
             )
-            update = _update(model, base, specs)
+            update = _update(model, base, specs, outcome.normalizer)
         del model  # an encoding may need room, and the update is all that is left to do
 
         def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
@@ -267,14 +268,16 @@ def _open_model(path: str, digest: str) -> PayloadReader:
         raise CorruptError(f"{path} has rotted or is gone: {error}", offset=0) from error
 
 
-def _update(model: nn.Module, base: PayloadReader, specs: Sequence[TensorSpec]) -> Update:
-    """What training changed, each tensor checked for NaN and infinity before anything is encoded. Takes the model's gradients;
-    memory: the update, and one tensor."""
+def _update(model: nn.Module, base: PayloadReader, specs: Sequence[TensorSpec], normalizer: float) -> Update:
+    """What training changed, parameters divided by the normalizer if there is one, each tensor checked for NaN and infinity before
+    anything is encoded. Takes the model's gradients; memory: the update, and one tensor."""
     model.zero_grad(set_to_none=True)
     local = model_tensors(model)
     update: Update = []
     for spec in specs:
         change = difference(local[spec.name].cpu(), base.tensor(spec.name, verify=True))
+        if normalizer and spec.role == PARAMETER and is_floating(spec.dtype):
+            change = change.div_(normalizer)
         check_finite(spec.name, change)
         update.append((spec, change))
     return update

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fed_client.training.objectives import Objective
 from fed_core.batches import batch_of, num_examples, reproducible, seeds_of
 from fed_core.child_process import OnProgress
 from fed_core.errors import InvalidError
@@ -19,13 +20,15 @@ from fed_core.workload import Data, Workload
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
     """What the training came to. `num_examples` counts the different examples trained on; `metrics["loss"]` is the mean over all
-    examples seen, each time at the parameters of that moment."""
+    examples seen, each time at the parameters of that moment. `normalizer` is what the update is to be divided by; 0: by
+    nothing."""
 
     num_steps: int
     num_examples: int
     is_partial: bool
     metrics: Mapping[str, float]
     seconds: float
+    normalizer: float = 0.0
 
 
 def train(
@@ -57,6 +60,7 @@ def train(
     with reproducible(training_seed, plan.num_threads):
         model.train()
         optimizer = workload.optimizer(model, plan.optimizer)
+        objective = Objective(plan.objective, optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]
         for epoch, indices in _batches(num_available, plan.batch_size, order_seed):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -76,6 +80,7 @@ def train(
         is_partial=num_steps < total,
         metrics={"loss": loss_sum / num_seen},
         seconds=clock() - begin,
+        normalizer=objective.normalizer(),
     )
 
 

@@ -96,6 +96,7 @@ class UpdateInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: float = 0.0
     gain: float = 1.0
+    normalizer: float = 0.0
 
     def to_proto(self) -> payload_pb2.UpdateInfo:
         """The message that travels."""
@@ -109,6 +110,7 @@ class UpdateInfo:
             metrics=[common_pb2.Metric(name=name, value=value) for name, value in self.metrics.items()],
             error=self.error,
             gain=self.gain,
+            normalizer=self.normalizer,
         )
 
 
@@ -444,9 +446,11 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
         raise PayloadError(
             f"the update says training_seconds = {message.training_seconds}; expected a number from 0 on"
         )
-    for name, number in (("error", message.error), ("gain", message.gain)):
-        if not math.isfinite(number) or (name == "error" and number < 0):
-            raise PayloadError(f"the update says {name} = {number}; expected a number, and an error of at least 0")
+    for name, number in (("error", message.error), ("gain", message.gain), ("normalizer", message.normalizer)):
+        if not math.isfinite(number) or (name != "gain" and number < 0):
+            raise PayloadError(
+                f"the update says {name} = {number}; expected a number, and at least 0 for the error and the normalizer"
+            )
     if not 1 <= len(message.assignment_id.encode()) <= limits.MAX_ID_BYTES:
         raise PayloadError(f"an update names its assignment in 1 to {limits.MAX_ID_BYTES} bytes")
     metrics = {metric.name: metric.value for metric in message.metrics}
@@ -465,6 +469,7 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
         metrics=metrics,
         error=message.error,
         gain=message.gain if message.HasField("gain") else 1.0,
+        normalizer=message.normalizer,
     )
 
 

@@ -23,7 +23,7 @@ MAX_METRICS = 64
 @dataclass(frozen=True)
 class Expected:
     """What an assignment asked for. `bounds` holds the largest absolute value by tensor; tensors without one are not bounded.
-    `codecs` are those that the run takes besides raw;
+    `codecs` are those that the run takes besides raw; `is_normalized`: updates are divided by their work;
     `importance` is what the operator multiplies the weight by."""
 
     assignment_id: str
@@ -37,6 +37,7 @@ class Expected:
     weighting: str
     max_weight: int
     importance: int = 1
+    is_normalized: bool = False
 
 
 def check_manifest(manifest: Manifest, expected: Expected) -> int:
@@ -65,6 +66,12 @@ def check_manifest(manifest: Manifest, expected: Expected) -> int:
         raise UpdateRefusedError(f"{len(update.metrics)} metrics; at most {MAX_METRICS} are taken")
     if update.num_steps < 0 or not update.training_seconds >= 0:
         raise UpdateRefusedError("num_steps and training_seconds must not be negative")
+    if (update.normalizer > 0) != expected.is_normalized:
+        wanted = "be divided by the work behind them" if expected.is_normalized else "come as they are"
+        raise UpdateRefusedError(
+            f"the update says normalizer = {update.normalizer:g}, and updates of this run are to {wanted}; install the "
+            "coordinator's version at the site"
+        )
     return weight_of(update.num_examples, update.custom_weight, expected)
 
 

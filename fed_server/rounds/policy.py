@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.registry import EncodingConfig
-from fed_core.plan import OptimizerPlan, TrainingPlan
+from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
 from fed_server.aggregation.grid import GridPolicy, grid_policy
-from fed_server.config import EpochsConfig, PlateauScheduleConfig, RunConfig
+from fed_server.config import (
+    EpochsConfig,
+    ObjectiveConfig,
+    PlainObjectiveConfig,
+    PlateauScheduleConfig,
+    RunConfig,
+)
 from fed_server.optim.base import ServerOptimizer
 from fed_server.optim.registry import make_optimizer
 from fed_server.optim.schedule import NO_PLATEAU, Plateau, rate_factor, update_plateau
@@ -35,7 +41,12 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plat
         time_budget_seconds=config.schedule.time_budget_seconds,
         overridable=training.overridable,
         num_threads=training.num_threads,
+        objective=_objective(training.objective),
     )
+
+
+def _objective(config: ObjectiveConfig) -> ObjectivePlan:
+    return ObjectivePlan(config.kind, 0.0 if isinstance(config, PlainObjectiveConfig) else config.strength)
 
 
 def learning_rate(config: RunConfig, round: int, plateau: Plateau = NO_PLATEAU) -> float:

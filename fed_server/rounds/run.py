@@ -25,9 +25,10 @@ from fed_core.specs import TensorSpec
 from fed_server.aggregation.base import Aggregator, AggregatorSetting
 from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.merge_rules import merge_rules
+from fed_server.aggregation.normalized import Normalized
 from fed_server.aggregation.registry import new_aggregator
 from fed_server.aggregation.validate import Expected
-from fed_server.config import DeltaDownlinkConfig, LatticeDownlinkConfig, RawDownlinkConfig, RunConfig
+from fed_server.config import DeltaDownlinkConfig, FedNovaConfig, LatticeDownlinkConfig, RawDownlinkConfig, RunConfig
 from fed_server.optim.schedule import Plateau
 from fed_server.optim.state import open_steps
 from fed_server.rounds.broadcast import WHOLE, Broadcasts
@@ -165,7 +166,12 @@ class LiveRun:
             weighting=self.config.aggregation.weighting,
             max_weight=self._grid_policy.max_weight,
             importance=self.config.aggregation.importance.get(self._surroundings.name_of(assignment.client_id), 1),
+            is_normalized=self._is_normalized,
         )
+
+    @property
+    def _is_normalized(self) -> bool:
+        return isinstance(self.config.training.objective, FedNovaConfig)
 
     @property
     def _plateau(self) -> Plateau:
@@ -910,7 +916,8 @@ class LiveRun:
         aggregation = self.config.aggregation
         rules = merge_rules(self.specs, [(m.pattern, m.rule) for m in aggregation.merge])
         setting = AggregatorSetting(self.specs, self.round.grid, rules, self._facilities.files.scratch_folder)
-        return new_aggregator(setting, aggregation)
+        aggregator = new_aggregator(setting, aggregation)
+        return Normalized(aggregator) if self._is_normalized else aggregator
 
     # Metrics
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed_core.errors import InvalidError
-from fed_core.plan import MAX_SEED, OptimizerPlan, SiteOverrides, TrainingPlan, apply_overrides
+from fed_core.plan import MAX_SEED, ObjectivePlan, OptimizerPlan, SiteOverrides, TrainingPlan, apply_overrides
 from fedstream.v1 import common_pb2
 
 PARTS = ("batch_size", "learning_rate", "local_work", "optimizer")
@@ -27,6 +27,9 @@ optimizers = st.one_of(
     st.builds(OptimizerPlan, kind=st.sampled_from(["adam", "adamw"]), learning_rate=positive),
 )
 counts = st.integers(1, 2**31 - 1)
+objectives = st.one_of(
+    st.just(ObjectivePlan()), st.builds(ObjectivePlan, kind=st.just("fedprox"), strength=st.floats(0, 1e6))
+)
 plans = st.builds(
     lambda work, **rest: TrainingPlan(**work, **rest),
     work=st.one_of(st.fixed_dictionaries({"epochs": counts}), st.fixed_dictionaries({"steps": counts})),
@@ -36,6 +39,7 @@ plans = st.builds(
     time_budget_seconds=st.floats(0, 1e9),
     overridable=st.lists(st.sampled_from(PARTS), unique=True).map(tuple),
     num_threads=st.integers(1, 1024),
+    objective=objectives,
 )
 
 
@@ -57,6 +61,8 @@ def test_every_field_survives_the_wire_and_the_pipe(plan: TrainingPlan) -> None:
         (lambda m: setattr(m, "seed", -1), "seed"),
         (lambda m: setattr(m, "time_budget_seconds", float("nan")), "time_budget_seconds"),
         (lambda m: setattr(m.optimizer, "kind", 0), "optimizer"),
+        (lambda m: setattr(m.objective, "kind", 99), "objective"),
+        (lambda m: setattr(m.objective, "strength", -1), "objective.strength"),
         (lambda m: setattr(m.optimizer, "kind", 99), "optimizer"),
         (lambda m: setattr(m.optimizer, "learning_rate", 0), "learning_rate"),
         (lambda m: setattr(m.optimizer, "learning_rate", float("inf")), "learning_rate"),

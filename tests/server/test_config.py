@@ -56,8 +56,9 @@ keep = { versions = 9 }
 [training]
 local_work = { kind = "epochs", epochs = 2 }
 batch_size = 5
-overridable = ["batch_size", "optimizer"]
+overridable = ["batch_size", "learning_rate"]
 num_threads = 4
+objective = { kind = "fednova", strength = 0.5 }
 optimizer = { kind = "sgd", learning_rate = 1, momentum = 0.9, weight_decay = 1e-4, epoch_decay = 0.5 }
 schedule = { kind = "step", warmup_rounds = 1, every = 2, factor = 0.1, floor = 0.01 }
 
@@ -109,6 +110,7 @@ tau = 0.01
     + """
 [training]
 local_work = { kind = "steps", steps = 20 }
+objective = { kind = "fedprox", strength = 0.5 }
 optimizer = { kind = "adam", learning_rate = 0.01, weight_decay = 0.1, epoch_decay = 0.9 }
 schedule = { kind = "exponential", warmup_rounds = 1, factor = 0.9, floor = 0.01 }
 
@@ -354,6 +356,9 @@ def _default(field: FieldInfo) -> str:
             "did you mean 'training.optimizer.momentum', which needs kind = \"sgd\"?",
         ),
         ('training.optimizer = { kind = "sgd", momentum = 1 }', "training.optimizer.momentum: expected at least 0, less than 1"),
+        ('training.optimizer.kind = "adam"\ntraining.objective.kind = "fednova"', "training.objective: fednova divides updates"),
+        ('training.objective = { kind = "fedprox", strength = -1 }', "training.objective.strength: expected 0 to 1000000"),
+        ('training.objective.kind = "scaffold"', 'training.objective.kind: expected "plain", "fedprox" or "fednova"'),
         ('training.overridable = ["lr"]', 'training.overridable[0]: expected "batch_size", "learning_rate"'),
         ('training.overridable = ["optimizer", "optimizer"]', "training.overridable: expected each name once"),
         ('aggregation.merge = [{ pattern = "x", rule = "men" }]', 'aggregation.merge[0].rule: expected "mean", "maximum" or'),

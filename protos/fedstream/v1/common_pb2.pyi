@@ -175,6 +175,34 @@ OPTIMIZER_KIND_ADAMW: OptimizerKind.ValueType  # 3
 """torch.optim.AdamW."""
 Global___OptimizerKind: _TypeAlias = OptimizerKind  # noqa: Y015
 
+class _ObjectiveKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ObjectiveKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ObjectiveKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OBJECTIVE_KIND_UNSPECIFIED: _ObjectiveKind.ValueType  # 0
+    """As plain: what a coordinator that knows of no others sends."""
+    OBJECTIVE_KIND_PLAIN: _ObjectiveKind.ValueType  # 1
+    """The workload's loss."""
+    OBJECTIVE_KIND_FEDPROX: _ObjectiveKind.ValueType  # 2
+    """FedProx: the workload's loss plus strength / 2 times the squared distance from the model received."""
+    OBJECTIVE_KIND_FEDNOVA: _ObjectiveKind.ValueType  # 3
+    """FedNova: as FedProx, and the update is divided by the work behind it (UpdateInfo.normalizer)."""
+
+class ObjectiveKind(_ObjectiveKind, metaclass=_ObjectiveKindEnumTypeWrapper):
+    """What a client minimizes, and how it scales what it sends."""
+
+OBJECTIVE_KIND_UNSPECIFIED: ObjectiveKind.ValueType  # 0
+"""As plain: what a coordinator that knows of no others sends."""
+OBJECTIVE_KIND_PLAIN: ObjectiveKind.ValueType  # 1
+"""The workload's loss."""
+OBJECTIVE_KIND_FEDPROX: ObjectiveKind.ValueType  # 2
+"""FedProx: the workload's loss plus strength / 2 times the squared distance from the model received."""
+OBJECTIVE_KIND_FEDNOVA: ObjectiveKind.ValueType  # 3
+"""FedNova: as FedProx, and the update is divided by the work behind it (UpdateInfo.normalizer)."""
+Global___ObjectiveKind: _TypeAlias = ObjectiveKind  # noqa: Y015
+
 class _PlanField:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -432,6 +460,32 @@ class OptimizerPlan(_message.Message):
 Global___OptimizerPlan: _TypeAlias = OptimizerPlan  # noqa: Y015
 
 @_typing.final
+class ObjectivePlan(_message.Message):
+    """The objective of the local training and its constants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    kind: Global___ObjectiveKind.ValueType
+    """Which one. A client refuses an assignment with one that it does not know."""
+    strength: _builtins.float
+    """Strength of the pull towards the model received (mu in the FedProx paper), at least 0."""
+    def __init__(
+        self,
+        *,
+        kind: Global___ObjectiveKind.ValueType = ...,
+        strength: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObjectivePlan: _TypeAlias = ObjectivePlan  # noqa: Y015
+
+@_typing.final
 class TrainingPlan(_message.Message):
     """What a client is told to do with the model it receives."""
 
@@ -445,6 +499,7 @@ class TrainingPlan(_message.Message):
     TIME_BUDGET_SECONDS_FIELD_NUMBER: _builtins.int
     OVERRIDABLE_FIELD_NUMBER: _builtins.int
     NUM_THREADS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local data, at least 1."""
     steps: _builtins.int
@@ -467,6 +522,10 @@ class TrainingPlan(_message.Message):
     def overridable(self) -> _containers.RepeatedScalarFieldContainer[Global___PlanField.ValueType]:
         """What the site may replace by its own settings; empty means that the plan is exact."""
 
+    @_builtins.property
+    def objective(self) -> Global___ObjectivePlan:
+        """What to minimize; absent: the workload's loss alone."""
+
     def __init__(
         self,
         *,
@@ -478,10 +537,11 @@ class TrainingPlan(_message.Message):
         time_budget_seconds: _builtins.float = ...,
         overridable: _abc.Iterable[Global___PlanField.ValueType] | None = ...,
         num_threads: _builtins.int = ...,
+        objective: Global___ObjectivePlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "local_work", b"local_work", "optimizer", b"optimizer", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "local_work", b"local_work", "objective", b"objective", "optimizer", b"optimizer", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "local_work", b"local_work", "num_threads", b"num_threads", "optimizer", b"optimizer", "overridable", b"overridable", "seed", b"seed", "steps", b"steps", "time_budget_seconds", b"time_budget_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "local_work", b"local_work", "num_threads", b"num_threads", "objective", b"objective", "optimizer", b"optimizer", "overridable", b"overridable", "seed", b"seed", "steps", b"steps", "time_budget_seconds", b"time_budget_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_local_work: _TypeAlias = _typing.Literal["epochs", "steps"]  # noqa: Y015
     _WhichOneofArgType_local_work: _TypeAlias = _typing.Literal["local_work", b"local_work"]  # noqa: Y015

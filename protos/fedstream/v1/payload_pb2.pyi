@@ -135,6 +135,7 @@ class UpdateInfo(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     GAIN_FIELD_NUMBER: _builtins.int
+    NORMALIZER_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Assignment that asked for it; the receiver refuses an update for another."""
     num_examples: _builtins.int
@@ -156,6 +157,10 @@ class UpdateInfo(_message.Message):
     """
     gain: _builtins.float
     """<x, x'> / |x|^2: below 1 the code shrinks the update, a hidden lower learning rate. 1 where the codec is lossless."""
+    normalizer: _builtins.float
+    """What the floating parameters of the update were divided by where the plan's objective asks for it (FedNova): the step sizes that were
+    taken, each times the sum of the momentum coefficients that it had in the end. Greater than 0; 0 where nothing was divided.
+    """
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
         """Measured while training: at least "loss". At most 64, each name once."""
@@ -172,10 +177,11 @@ class UpdateInfo(_message.Message):
         metrics: _abc.Iterable[_common_pb2.Metric] | None = ...,
         error: _builtins.float | None = ...,
         gain: _builtins.float | None = ...,
+        normalizer: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_gain", b"_gain", "error", b"error", "gain", b"gain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_gain", b"_gain", "assignment_id", b"assignment_id", "custom_weight", b"custom_weight", "error", b"error", "gain", b"gain", "is_partial", b"is_partial", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "training_seconds", b"training_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_gain", b"_gain", "assignment_id", b"assignment_id", "custom_weight", b"custom_weight", "error", b"error", "gain", b"gain", "is_partial", b"is_partial", "metrics", b"metrics", "normalizer", b"normalizer", "num_examples", b"num_examples", "num_steps", b"num_steps", "training_seconds", b"training_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
     _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015

@@ -1,0 +1,75 @@
+"""What a client minimizes besides its workload's loss, and how much work its update stands for.
+
+Both are done where every optimizer step begins, so that they hold for whatever a workload's `training_step` does, gradient
+accumulation and several steps a batch included, as long as it steps with the optimizer that it was given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from fed_core.errors import InvalidError
+from fed_core.plan import ObjectivePlan
+
+
+class Objective:
+    """A plan's objective, at work on an optimizer until the optimizer is let go of.
+
+    FedProx (Li et al. 2020, https://arxiv.org/abs/1812.06127, equation 2): the gradient of strength / 2 |w - w received|^2 is added
+    to that of the loss. Memory: one more copy of the parameters.
+
+    FedNova (Wang et al. 2020, https://arxiv.org/abs/2007.07481, equation 4): the update is to be divided by |a|_1, the sum of the
+    coefficients that the gradients have in it. We count the step sizes in, which may change within a round: for SGD with momentum m
+    and step sizes n_k, a = sum over k of n_k (1 + m + ... + m^k), k from 0. Weight decay and the proximal term are not counted.
+    """
+
+    def __init__(self, plan: ObjectivePlan, optimizer: Optimizer) -> None:
+        """Raises InvalidError where the objective asks for what the optimizer is not."""
+        self._plan = plan
+        self._num_steps = 0
+        self._share = self._work = 0.0
+        if plan.kind == "fednova":
+            _check_sgd(optimizer)
+        self._received = (
+            [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            if plan.strength
+            else []
+        )
+        if plan.kind != "plain":
+            optimizer.register_step_pre_hook(self._before_step)
+
+    def normalizer(self) -> float:
+        """What the update is to be divided by; 0 where it is sent as it is. Raises InvalidError where no step was seen."""
+        if self._plan.kind != "plain" and not self._num_steps:
+            raise InvalidError(
+                f"the workload's training_step did not call optimizer.step(), and the objective {self._plan.kind!r} works there; "
+                "step with the optimizer, or ask for the plain objective"
+            )
+        return self._work if self._plan.kind == "fednova" else 0.0
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._num_steps += 1
+        with torch.no_grad():
+            for parameter, received in self._received:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.sub(received).mul_(self._plan.strength))
+        if self._plan.kind == "fednova":
+            group = optimizer.param_groups[0]
+            self._share = group["momentum"] * self._share + 1.0
+            self._work += group["lr"] * self._share
+
+
+def _check_sgd(optimizer: Optimizer) -> None:
+    groups = optimizer.param_groups
+    is_plain = isinstance(optimizer, torch.optim.SGD) and all(
+        not group["nesterov"] and not group["dampening"] and group["momentum"] == groups[0]["momentum"]
+        for group in groups
+    )
+    if not is_plain:
+        raise InvalidError(
+            f"the objective 'fednova' needs torch.optim.SGD without nesterov and dampening and with one momentum; the workload's "
+            f"optimizer() made {type(optimizer).__name__}"
+        )
