@@ -1,11 +1,11 @@
 """Rounds without training: what the coordinator costs, beside the floors measured in the same run.
 
-    python -m benchmarks.echo_rounds [--quick] [--only 10M:8 ...] [--rounds 5]
+    python -m benchmarks.echo_rounds [--quick] [--only 10M:8 ...] [--systems raw "uniform 8"] [--rounds 6]
 
 A model of P float32 parameters in ten tensors of uneven size goes to N client processes; each answers with a constant update and
 its own example count, really encoded every round; the coordinator stores, verifies and folds them and commits the weighted mean.
 Light clients keep their model and their update in memory instead of cache and spool. Everything runs on loopback. Seconds are
-the median between two commits, the first round left out.
+the median between two commits, the first round left out. `raw` sends float32 both ways, `uniform 8` 8 bits both ways.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ SIZES = {"0.1M": 100_000, "1M": 1_000_000, "10M": 10_000_000, "100M": 100_000_00
 CLIENTS = (2, 8, 32)
 MOST = 320_000_000
 QUICK = ("0.1M:8", "1M:8", "10M:8")
+SYSTEMS = {
+    "raw": '[uplink]\nkind = "raw"\n[downlink]\nkind = "raw"\n',
+    "uniform 8": '[uplink]\nkind = "uniform"\nbits = 8\n[downlink]\nkind = "delta"\nencoding = { kind = "uniform", bits = 8 }\n',
+}
 # Shares of the model that its ten tensors take, in thousandths: a few large ones, many small ones.
 SHARES = (400, 250, 150, 100, 50, 25, 15, 6, 3, 1)
 
@@ -53,6 +57,7 @@ class Row:
     peak_rss_mib: float | None = None
     cpu_seconds_per_round: float | None = None
     wire_mib_per_round: float | None = None
+    ratio_to_floor_a: float | None = None
     ratio_to_floor_b: float | None = None
 
 
@@ -157,12 +162,12 @@ def measure_floor(kind: str, size: str, num_clients: int, rounds: int, folder: s
     return row
 
 
-def measure_fedstream(size: str, num_clients: int, rounds: int, folder: str) -> Row:
+def measure_fedstream(name: str, size: str, num_clients: int, rounds: int, folder: str) -> Row:
     """The coordinator as a real process, from submission to the last commit."""
     from benchmarks.light_operator import Operator
     from fedstream.v1 import runs_pb2
 
-    data = Path(folder) / f"data-{size}-{num_clients}"
+    data = Path(folder) / f"data-{name.replace(' ', '-')}-{size}-{num_clients}"
     server = Watched(
         ["fed_server.cli.server", "run", "--data-dir", str(data), "--listen", "127.0.0.1:0", "--drain-seconds", "0",
          "--log-level", "warning"]
@@ -171,7 +176,7 @@ def measure_fedstream(size: str, num_clients: int, rounds: int, folder: str) -> 
     join_token = (data / "join-token").read_text().strip()
     config = (
         f'name = "echo"\nworkload = "echo"\n[cohort]\nsize = {num_clients}\n[schedule]\nmax_rounds = {rounds}\n'
-        f'[evaluation]\nat = "none"\n[keep]\nversions = 1\n'
+        f'[evaluation]\nat = "none"\n[keep]\nversions = 1\n{SYSTEMS[name]}'
     )
     tensors = {f"w{i}": torch.zeros(n) for i, n in enumerate(tensor_sizes(SIZES[size]))}
     with clients(num_clients, _echo_client, address, join_token):
@@ -184,7 +189,7 @@ def measure_fedstream(size: str, num_clients: int, rounds: int, folder: str) -> 
         report = operator.report("echo")
         times = [m.created_time.ToNanoseconds() / 1e9 for m in report.models]
         seconds = [b - a for a, b in pairwise(times[1:])]
-        row = Row(size, num_clients, "fedstream raw", statistics.median(seconds), server.peak_rss_mib())
+        row = Row(size, num_clients, f"fedstream {name}", statistics.median(seconds), server.peak_rss_mib())
         row.cpu_seconds_per_round = (server.cpu_seconds() - cpu_before) / rounds
         row.wire_mib_per_round = wire / 2**20
         operator.channel.close()
@@ -194,8 +199,8 @@ def measure_fedstream(size: str, num_clients: int, rounds: int, folder: str) -> 
 
 def measure(system: str, size: str, num_clients: int, rounds: int, folder: str) -> Row:
     """One row."""
-    if system == "fedstream":
-        return measure_fedstream(size, num_clients, rounds, folder)
+    if system in SYSTEMS:
+        return measure_fedstream(system, size, num_clients, rounds, folder)
     return measure_floor(system, size, num_clients, rounds, folder)
 
 
@@ -216,6 +221,7 @@ def table(rows: list[Row], title: str) -> Table:
         "N",
         "system",
         "s / round",
+        "x floor (a)",
         "x floor (b)",
         "peak RSS MiB",
         "CPU s / round",
@@ -232,6 +238,7 @@ def table(rows: list[Row], title: str) -> Table:
             str(row.num_clients),
             row.system,
             show(row.seconds, 3),
+            show(row.ratio_to_floor_a, 2),
             show(row.ratio_to_floor_b, 2),
             show(row.peak_rss_mib, 0),
             show(row.cpu_seconds_per_round, 2),
@@ -244,21 +251,34 @@ def aims(rows: list[Row]) -> list[dict[str, Any]]:
     """The figures that are aimed at, with what was measured (None where it was not)."""
     found = {(row.size, row.num_clients, row.system): row for row in rows}
 
-    def figure(size: str, count: int, attribute: str) -> float | None:
-        row = found.get((size, count, "fedstream raw"))
+    def figure(size: str, count: int, system: str, attribute: str) -> float | None:
+        row = found.get((size, count, system))
         return getattr(row, attribute) if row else None
 
-    few, many = figure("10M", 8, "peak_rss_mib"), figure("10M", 32, "peak_rss_mib")
-    floor = found.get(("0.1M", 8, "floor (b)"))
-    small = figure("0.1M", 8, "seconds")
-    overhead = small - floor.seconds if small is not None and floor is not None and floor.seconds is not None else None
-    allowed = 2.5 * 4 * SIZES["10M"] / 1e6 + 400
-    listed = [
-        ("raw 10M x 8: seconds per round, times floor (b)", figure("10M", 8, "ratio_to_floor_b"), 1.5, "ratio"),
-        ("0.1M x 8: overhead of a round over floor (b)", overhead, 0.15, "s"),
-        ("10M x 8: peak RSS of the coordinator", few * 2**20 / 1e6 if few else None, allowed, "MB"),
-        ("10M: peak RSS at N = 32 over N = 8", many / few if few and many else None, 1.05, "ratio"),
-    ]
+    def share(above: float | None, below: float | None) -> float | None:
+        return above / below if above is not None and below else None
+
+    listed = []
+    for count in (8, 32):
+        of_raw, of_uniform = (
+            figure("10M", count, "fedstream raw", "ratio_to_floor_b"),
+            figure("10M", count, "fedstream uniform 8", "ratio_to_floor_a"),
+        )
+        listed += [
+            (f"raw 10M x {count}: seconds a round over floor (b)", of_raw, 1.3, "ratio"),
+            (f"uniform 8 both ways 10M x {count}: seconds a round over floor (a)", of_uniform, 0.8, "ratio"),
+        ]
+    listed.append(("0.1M x 8: seconds a round", figure("0.1M", 8, "fedstream raw", "seconds"), 0.06, "s"))
+    for count in (8, 32):
+        peak = figure("10M", count, "fedstream raw", "peak_rss_mib")
+        allowed = 2.2 * 4 * SIZES["10M"] / 1e6 + 400
+        in_megabytes = peak * 2**20 / 1e6 if peak else None
+        listed.append((f"10M x {count}: peak RSS of the coordinator", in_megabytes, allowed, "MB"))
+    spent = share(
+        figure("10M", 8, "fedstream raw", "cpu_seconds_per_round"),
+        figure("10M", 8, "floor (b)", "cpu_seconds_per_round"),
+    )
+    listed.append(("raw 10M x 8: processor seconds a round over floor (b)", spent, 1.5, "ratio"))
     return [{"what": w, "value": v, "aim": a, "direction": "max", "unit": u} for w, v, a, u in listed]
 
 
@@ -267,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only 0.1M, 1M and 10M with 8 clients")
     parser.add_argument("--only", nargs="*", default=None, metavar="P:N", help="only these, such as 10M:8")
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS), help="default: all")
     parser.add_argument("--rounds", type=int, default=6, help="rounds of each, the first left out of the median")
     parser.add_argument(
         "--folder", default=None, help="where to keep files while measuring; default: the temporary directory"
@@ -284,18 +305,21 @@ def main() -> None:
         for case in every:
             size, count = case.split(":")
             if case not in wanted:
-                rows.append(Row(size, int(count), "fedstream raw"))
+                rows += [Row(size, int(count), f"fedstream {name}") for name in arguments.systems]
                 continue
             rounds = arguments.rounds if SIZES[size] * int(count) <= MOST // 2 else min(4, arguments.rounds)
             with console.status(f"{size} x {count}"):
                 began = time.perf_counter()
-                measured = [measure_apart(s, size, int(count), rounds, folder) for s in ("a", "b", "fedstream")]
-            floor = measured[1].seconds
+                measured = [measure_apart(s, size, int(count), rounds, folder) for s in ("a", "b", *arguments.systems)]
             for row in measured:
-                row.ratio_to_floor_b = row.seconds / floor if row.seconds is not None and floor else None
+                row.ratio_to_floor_a, row.ratio_to_floor_b = (
+                    row.seconds / floor.seconds if row.seconds is not None and floor.seconds else None
+                    for floor in measured[:2]
+                )
             rows += measured
             console.print(
-                f"{case}: {time.perf_counter() - began:.0f} s, {measured[2].ratio_to_floor_b:.2f} x floor (b)"
+                f"{case}: {time.perf_counter() - began:.0f} s; "
+                + ", ".join(f"{row.system} {row.ratio_to_floor_b:.2f} x floor (b)" for row in measured[2:])
             )
     console.print(table(rows, "Echo rounds (light clients: model and update in memory)"))
     found = aims(rows)
