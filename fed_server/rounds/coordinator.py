@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fed_core.codecs.raw import RawConfig
 from fed_core.errors import (
+    ConfigError,
     ConflictError,
     FedstreamError,
     NoLongerNeededError,
@@ -22,13 +23,14 @@ from fed_core.payload.manifest import Manifest
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import fingerprint
 from fed_server.aggregation.merge_rules import merge_rules
-from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RunConfig, parse_run_config
+from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RobustConfig, RunConfig, parse_run_config
 from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
 from fed_server.rounds.policy import run_grid_policy, server_optimizer
+from fed_server.rounds.risk import risk_notice
 from fed_server.rounds.run import LiveRun
 from fed_server.rounds.signal import Signal
 from fed_server.rounds.surroundings import Facilities
@@ -323,6 +325,12 @@ class Coordinator:
                 f"a run named {config.name!r} exists already ({same_name.state.value}); choose another name in the config"
             )
         policy = run_grid_policy(config)
+        importance = max(config.aggregation.importance.values(), default=1)
+        if importance > policy.max_weight:
+            raise ConfigError(
+                f"aggregation.importance: {importance:,} is beyond the largest weight that the mean takes, {policy.max_weight:,}: "
+                "lower it, or set aggregation.max_weight"
+            )
         run_id = self._facilities.new_id()
         path, master_path = files.model_path(run_id, 0), files.master_path(run_id, 0)
         parts = VersionPaths(
@@ -414,15 +422,19 @@ class Coordinator:
         finally:
             for part in (parts.master, parts.model, parts.payload):
                 part.unlink(missing_ok=True)
-        notices = [
-            f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
-        ]
+        candidates = self._candidates(run)
+        if isinstance(config.aggregation, RobustConfig):
+            num_sites = max(len(candidates.alive), config.cohort.min_clients)
+            notices = [risk_notice(config, config.aggregation, num_sites)]
+        else:
+            notices = [
+                f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
+            ]
         if isinstance(downlink, LatticeDownlinkConfig) and not has_trained_weights:
             notices.append(
                 f"version 0 is sent rounded, with an error of {first_error(downlink, False):g}, as random weights can be; set "
                 "downlink.first_error where they were trained before"
             )
-        candidates = self._candidates(run)
         if len(candidates.alive) < config.cohort.min_clients:
             chosen = self._choose(run, candidates)
             notices.append(f"not enough clients yet: {chosen.reason}")
@@ -626,6 +638,8 @@ def _require_disk(facilities: Facilities, manifest: Manifest, config: RunConfig)
     """A run needs its kept versions, the one being made, master weights, payloads, a round's updates, and what the server optimizer
     keeps, twice, at once."""
     updates = config.cohort.size * config.cohort.over_selection
+    if isinstance(config.aggregation, RobustConfig):
+        updates *= 2  # as they came, and decoded side by side
     state_bytes = sum(spec.num_bytes for spec in state_specs(server_optimizer(config, 1), manifest.specs))
     needed = int(manifest.raw_bytes * (config.keep.versions + 6 + updates)) + 2 * state_bytes
     facilities.files.require_free(needed, f"run {config.name!r} (its versions and a round's updates)")
