@@ -46,7 +46,7 @@ def combine(block: Tensor, coefficients: Tensor) -> Tensor:
     total = torch.zeros(block.shape[1], dtype=torch.float64)
     for row, coefficient in zip(block, coefficients.tolist(), strict=True):
         if coefficient != 0.0:
-            total.add_(row.to(torch.float64).mul_(coefficient))
+            total.add_(row.to(torch.float64) * coefficient)
     return total
 
 

@@ -27,5 +27,5 @@ def mix_products(products: Tensor, chosen: Tensor) -> Tensor:
 
 def mix(block: Tensor, chosen: Tensor, exponent: int) -> Tensor:
     """A block [n, k] of the mixed updates, float64: means of values rounded to whole multiples of 2**exponent."""
-    steps = block.to(torch.float64).mul_(2.0**-exponent).round_()
+    steps = (block.to(torch.float64) * 2.0**-exponent).round_()
     return (chosen @ steps).mul_(2.0**exponent).div_(float(chosen[0].sum()))
