@@ -73,7 +73,6 @@ _NUM_TURNS: Final = 2
 _UNSEEN: Final = 0.2
 _SAMPLE: Final = 2**15
 _PIECE: Final = 2**7
-_GOLDEN: Final = (math.sqrt(5) - 1) / 2
 
 
 # ------------------------------------------------------------------------------------------------------------------------ decoding
@@ -189,6 +188,21 @@ def _num_lanes(num_coordinates: int, max_steps: int) -> int:
 # ------------------------------------------------------------------------------------------------------------------------ analysis
 
 
+class _Statistics(NamedTuple):
+    """|x|^2, max |x|, and |x|^2 of each whole piece."""
+
+    energy: float
+    largest: float
+    pieces: Floats
+
+
+class _Sample(NamedTuple):
+    """Some coordinates, and of how many of the sample's length each is typical."""
+
+    values: Tensor
+    weights: Floats
+
+
 class _Design(NamedTuple):
     """What is decided from the sample: the price of each k (`_prices`), and what comes of it."""
 
@@ -229,7 +243,7 @@ class EctcqAnalysis:
         half = _half(step)
         if half not in self._costs:
             design = self._design(half)
-            self._costs[half] = design.cost if design else Cost(8.0 * self._num_bodies, self._statistics[0])
+            self._costs[half] = design.cost if design else Cost(8.0 * self._num_bodies, self._statistics.energy)
         return self._costs[half]
 
     def plan(self, step: float) -> TensorPlan:
@@ -247,7 +261,7 @@ class EctcqAnalysis:
         points = _best_points(t, prices, self._num_states, _STEPS)
         if not points.any():
             return b"\0"
-        moments = _Moments.of(t, points)
+        moments = _Moments.of(t, points, np.ones(len(t)))
         shifts = moments.shifts()
         gain = moments.gain(shifts) if self._match_gain else 1.0
         mantissa, exponent = _mantissa_exponent(half * gain)
@@ -272,24 +286,33 @@ class EctcqAnalysis:
         return -(-self._num_coordinates // MAX_BODY)
 
     @cached_property
-    def _statistics(self) -> tuple[float, float]:
-        """|x|^2 and max |x|."""
-        energy = largest = 0.0
+    def _statistics(self) -> _Statistics:
+        largest, energy, pieces = 0.0, 0.0, []
         for first in range(0, self._num_coordinates, MAX_BODY):
             tile = self._source(first, min(MAX_BODY, self._num_coordinates - first)).float()
             largest = max(largest, float(torch.stack(torch.aminmax(tile)).abs().max()))
-            energy += float(tile.double().square_().sum())
-        return energy, largest
+            squares = tile.double().square_()
+            energy += float(squares.sum())
+            pieces.append(squares[: len(squares) // _PIECE * _PIECE].view(-1, _PIECE).sum(1).numpy())
+        return _Statistics(energy, largest, np.concatenate(pieces))
 
     @cached_property
-    def _sample(self) -> Tensor:
-        """The whole of a small tensor, else pieces spread evenly."""
+    def _sample(self) -> _Sample:
+        """The whole of a small tensor; else pieces: those of most energy, and as many of the others."""
         if self._num_coordinates <= _SAMPLE:
-            return self._source(0, self._num_coordinates).double()
-        pieces = np.arange(_SAMPLE // _PIECE)
-        share = (self._num_coordinates - _PIECE) / len(pieces)
-        starts = (share * (pieces + pieces * _GOLDEN % 1)).astype(np.int64)
-        return torch.cat([self._source(start, _PIECE).double() for start in starts.tolist()])
+            return _Sample(self._source(0, self._num_coordinates).double(), np.ones(self._num_coordinates))
+        # The last piece, which is not whole, is left out.
+        order, half = np.argsort(-self._statistics.pieces, kind="stable"), _SAMPLE // _PIECE // 2
+        top, others = np.sort(order[:half]), order[half:]
+        others = np.sort(others[((np.arange(half) + 0.5) * (len(others) / half)).astype(np.int64)])
+        starts = _PIECE * np.concatenate([others, top])
+        # Copies: a tile is good until the next one only.
+        values = torch.cat([self._source(start, _PIECE).double() for start in starts.tolist()])
+        settled, middle = _FIRST_STEPS * _num_lanes(_SAMPLE, _SAMPLE_STEPS), half * _PIECE
+        weights = np.zeros(_SAMPLE)
+        weights[settled:middle] = _PIECE * (len(order) - half) / (middle - settled)
+        weights[middle:] = 1
+        return _Sample(values, weights * (_SAMPLE / weights.sum()))
 
     def _design(self, half: float) -> _Design | None:
         """None where all is nearer to zero than to anything else. Keeps the last one: a plan mostly follows its cost."""
@@ -298,7 +321,7 @@ class EctcqAnalysis:
         return self._last[1]
 
     def _new_design(self, half: float) -> _Design | None:
-        energy, largest = self._statistics
+        energy, largest, _ = self._statistics
         # Room for the candidates beyond the largest value.
         if largest > (MAX_MAGNITUDE - 4) * half or math.isinf(largest):
             raise StepTooFineError(
@@ -307,20 +330,18 @@ class EctcqAnalysis:
             )
         if largest < half:
             return None
-        t = _in_half_steps(self._sample, half)
+        t, weights = _in_half_steps(self._sample.values, half), self._sample.weights
         reach = math.ceil(largest / half) + 4
         # To begin with: each value to the nearest k, be it even or odd.
         points = np.concatenate([2 * np.rint(t / 2), 2 * np.rint((t + 1) / 2) - 1]).astype(np.int16)
-        counts = _counts(points, reach)
-        num_steps, settled = _STEPS, 0
-        if len(t) < self._num_coordinates:
-            num_steps, settled = _SAMPLE_STEPS, _FIRST_STEPS * _num_lanes(len(t), _SAMPLE_STEPS)
+        counts = _counts(points, np.tile(weights, 2), reach)
+        num_steps = _STEPS if len(t) == self._num_coordinates else _SAMPLE_STEPS
         for _ in range(_NUM_TURNS):
             prices = _prices(counts)
             points = _best_points(t, prices, self._num_states, num_steps)
-            counts = _counts(points[settled:], reach)
-        moments = _Moments.of(t[settled:], points[settled:])
-        share = self._num_coordinates / (len(t) - settled)
+            counts = _counts(points, weights, reach)
+        moments = _Moments.of(t, points, weights)
+        share = self._num_coordinates / len(t)
         shifts = moments.shifts()
         cross, square = moments.products(shifts)
         gain = moments.gain(shifts) if self._match_gain else 1.0
@@ -339,10 +360,12 @@ class _Moments(NamedTuple):
     energy: float
 
     @classmethod
-    def of(cls, t: NDArray[np.float32], points: NDArray[np.int16]) -> _Moments:
-        magnitudes = np.abs(points)
-        counts, sums = (np.bincount(magnitudes, each).astype(np.float64) for each in (None, t * np.sign(points)))
-        return cls(counts, sums, float(np.square(t, dtype=np.float64).sum()))
+    def of(cls, t: NDArray[np.float32], points: NDArray[np.int16], weights: Floats) -> _Moments:
+        magnitudes, weighted = np.abs(points), weights * t
+        counts, sums = (
+            np.bincount(magnitudes, each).astype(np.float64) for each in (weights, weighted * np.sign(points))
+        )
+        return cls(counts, sums, float(weighted @ t))
 
     def shifts(self) -> NDArray[np.int64]:
         """How far below 1, 2 .. the means of what became them lie, in 1/128 of a half step: from -128 to 127."""
@@ -423,9 +446,9 @@ def _nearest(values: Tensor, offset: float | Tensor, prices: Tensor) -> tuple[Te
     return torch.where(is_outer, outer, inner), torch.where(is_outer, outer_cost, inner_cost)
 
 
-def _counts(points: NDArray[np.int16], reach: int) -> Floats:
+def _counts(points: NDArray[np.int16], weights: Floats, reach: int) -> Floats:
     """How often each k from -reach to reach comes."""
-    return np.bincount(points.astype(np.int64) + reach, minlength=2 * reach + 1).astype(np.float64)
+    return np.bincount(points.astype(np.int64) + reach, weights, 2 * reach + 1).astype(np.float64)
 
 
 def _prices(counts: Floats) -> Tensor:

@@ -135,7 +135,7 @@ class _EdenDecoder:
             raise PayloadError(f"an eden body of {len(body)} bytes; expected {expected}")
         blocks = list(_blocks(len(out)))
         scales = np.frombuffer(body, "<f4", len(blocks))
-        # A negative zero would make a mirror image of nothing; an encoder does not write it.
+        # Levels have both signs already: no encoder writes a scale that is negative, be it zero.
         if not (np.isfinite(scales) & ~np.signbit(scales)).all():
             raise PayloadError("an eden body with a scale that is negative or not finite")
         packed = np.frombuffer(body, np.uint8, offset=scales.nbytes)

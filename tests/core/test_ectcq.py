@@ -209,6 +209,15 @@ def test_a_table_meets_the_target_error(target_error: float) -> None:
     assert error(flat, values) == pytest.approx(target_error, rel=0.08)
 
 
+def test_a_few_values_among_zeros_are_not_overlooked() -> None:
+    tensor = torch.zeros(300_000)
+    tensor[::70_001] = 3.0
+    (plan,) = EctcqConfig().plan([(spec_of(tensor), source_of(tensor))], seed=0)
+    assert plan.codec == "ectcq"
+    assert bits_of(tensor, plan) < 1000
+    assert error(tensor, decoded(tensor, plan)) <= 0.05
+
+
 def test_a_table_sends_buffers_and_other_types_raw() -> None:
     dtypes = [*map(torch_dtype, FLOATS), torch.int64, torch.bool, torch.complex64]
     tensors = [normal((70, 80)).to(dtype) for dtype in dtypes] + [torch.zeros(0, 4)]

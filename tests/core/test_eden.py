@@ -70,7 +70,7 @@ def obvious_decode(body: Body, bits: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("count", [1, 2, 7, 100, 1000, 4099])
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 1100])
 def test_a_body_means_what_the_format_says(bits: int, count: int) -> None:
     tensor = normal((count,), seed=bits)
     plan = eden_plan(spec_of(tensor), bits=bits, unbiased=True, seed=bits)
@@ -83,11 +83,17 @@ def test_a_body_means_what_the_format_says(bits: int, count: int) -> None:
     assert float((out.double() - expected).abs().max()) <= 1e-5 * float(tensor.abs().max())
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 64, 128, 2048, 4096])
+@pytest.mark.parametrize("length", [1, 2, 8, 64, 128, 2048])
 def test_the_transform_is_sylvesters(length: int) -> None:
     values = normal((length,), scale=1.0)
     expected = torch.from_numpy(hadamard_matrix(length)).double() @ values.double()
     assert torch.allclose(hadamard(values).double(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [2**12, 2**16])
+def test_the_transform_is_its_own_inverse_but_for_a_factor(length: int) -> None:
+    values = normal((length,), scale=1.0)
+    assert torch.allclose(hadamard(hadamard(values)) / length, values, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", BITS)
