@@ -47,7 +47,7 @@ class FeedbackTable(CodecTable):
         default=None,
         description="Error feedback: a client adds what the encoding of its last update lost to the next one. Uplink only. Unset: "
         "on for sign, ternary, topk and a randomk that is not unbiased, which lose most of each update; off for the others, which "
-        "it makes worse where unlike clients take part now and then.",
+        "gain nothing from it where unlike clients take part now and then.",
         examples=[True],
     )
 
