@@ -300,19 +300,22 @@ class EctcqAnalysis:
     def _sample(self) -> _Sample:
         """The whole of a small tensor; else pieces: those of most energy, and as many of the others."""
         if self._num_coordinates <= _SAMPLE:
-            return _Sample(self._source(0, self._num_coordinates).double(), np.ones(self._num_coordinates))
+            return _Sample(self._copy(0, self._num_coordinates), np.ones(self._num_coordinates))
         # The last piece, which is not whole, is left out.
         order, half = np.argsort(-self._statistics.pieces, kind="stable"), _SAMPLE // _PIECE // 2
         top, others = np.sort(order[:half]), order[half:]
         others = np.sort(others[((np.arange(half) + 0.5) * (len(others) / half)).astype(np.int64)])
         starts = _PIECE * np.concatenate([others, top])
-        # Copies: a tile is good until the next one only.
-        values = torch.cat([self._source(start, _PIECE).double() for start in starts.tolist()])
+        values = torch.cat([self._copy(start, _PIECE) for start in starts.tolist()])
         settled, middle = _FIRST_STEPS * _num_lanes(_SAMPLE, _SAMPLE_STEPS), half * _PIECE
         weights = np.zeros(_SAMPLE)
         weights[settled:middle] = _PIECE * (len(order) - half) / (middle - settled)
         weights[middle:] = 1
         return _Sample(values, weights * (_SAMPLE / weights.sum()))
+
+    def _copy(self, first: int, count: int) -> Tensor:
+        """Part of the tensor, float64: a tile is good until the next one only."""
+        return self._source(first, count).to(torch.float64, copy=True)
 
     def _design(self, half: float) -> _Design | None:
         """None where all is nearer to zero than to anything else. Keeps the last one: a plan mostly follows its cost."""

@@ -218,6 +218,20 @@ def test_a_few_values_among_zeros_are_not_overlooked() -> None:
     assert error(tensor, decoded(tensor, plan)) <= 0.05
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("count", [5000, 40_000])
+def test_a_source_may_reuse_its_memory(dtype: str, count: int) -> None:
+    tensor, lent = normal((count,), dtype), torch.empty(count, dtype=torch_dtype(dtype))
+
+    def lend(first: int, length: int) -> Tensor:
+        lent.fill_(math.nan)
+        return lent[:length].copy_(tensor[first : first + length])
+
+    step = step_of(tensor, 1.0)
+    plan = EctcqAnalysis(spec_of(tensor), lend).plan(step)
+    assert encode(plan, tensor) == encode(analyze(tensor).plan(step), tensor)
+
+
 def test_a_table_sends_buffers_and_other_types_raw() -> None:
     dtypes = [*map(torch_dtype, FLOATS), torch.int64, torch.bool, torch.complex64]
     tensors = [normal((70, 80)).to(dtype) for dtype in dtypes] + [torch.zeros(0, 4)]
