@@ -115,7 +115,10 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "-flag", "a.b", "a\0", "a\n", "x" * 101])
 def test_an_id_that_could_lead_elsewhere_is_refused(data: DataDirectory, name: str) -> None:
-    of_runs = (lambda run_id: data.model_path(run_id, 0), lambda run_id: data.master_path(run_id, 0))
+    of_runs = [
+        lambda run_id, of_run=of_run: of_run(run_id, 0)
+        for of_run in (data.model_path, data.master_path, data.optimizer_path)
+    ]
     for place in (data.upload_path, data.update_path, data.payload_path, *of_runs):
         with pytest.raises(InvalidError, match="is not an id"):
             place(name)
@@ -128,6 +131,7 @@ def test_every_kind_of_file_has_its_place(data: DataDirectory) -> None:
         data.update_path("a1"),
         data.model_path("r1", 3),
         data.master_path("r1", 3),
+        data.optimizer_path("r1", 3),
         data.payload_path("ab" * 32),
     ]
     assert [str(place.relative_to(data.root)) for place in places] == [
@@ -136,6 +140,7 @@ def test_every_kind_of_file_has_its_place(data: DataDirectory) -> None:
         "updates/a1.update",
         "models/r1/3.safetensors",
         "masters/r1/3.safetensors",
+        "masters/r1/3.optimizer.safetensors",
         f"payloads/{'ab' * 32}.payload",
     ]
 
@@ -209,6 +214,7 @@ def test_a_sweep_deletes_what_nobody_needs_and_nothing_else(data: DataDirectory)
         data.payload_path("aa"),
         data.model_path("r1", 1),
         data.master_path("r1", 2),
+        data.optimizer_path("r1", 2),
     ]
     dead = [
         data.update_path("u2"),
@@ -218,6 +224,8 @@ def test_a_sweep_deletes_what_nobody_needs_and_nothing_else(data: DataDirectory)
         data.model_path("r2", 0),
         data.master_path("r1", 1),
         data.master_path("r2", 0),
+        data.optimizer_path("r1", 1),
+        data.optimizer_path("r2", 0),
     ]
     foreign = [data.root / "join-token", data.root / "updates" / "README", data.database_path]
     for path in (*live, *dead, *foreign):
