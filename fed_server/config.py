@@ -88,6 +88,11 @@ class CohortConfig(ConfigTable):
         description="Clients selected per update wanted. 1.3 asks 30 % more clients than size, so that slow ones are not waited "
         "for; their work is then dropped.",
     )
+    selection: Literal["random", "round_robin"] = Field(
+        default="random",
+        description="Who of the eligible clients is asked. random: drawn anew for every round; round_robin: whoever was asked "
+        "longest ago, so that all take part equally often.",
+    )
     labels: dict[LabelWord, LabelWord] = Field(
         default={},
         max_length=MAX_LABELS,

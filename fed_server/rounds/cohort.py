@@ -6,9 +6,10 @@ where the data is the same, the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 from blake3 import blake3
 
@@ -20,6 +21,21 @@ def _hash(*parts: object) -> int:
 def draw(seed: int, round: int, names: Collection[str], count: int) -> list[str]:
     """`count` of the names (all where there are fewer), chosen by a hash of (seed, round); in the order of names."""
     ranked = sorted(names, key=lambda name: (_hash("cohort", seed, round, name), name))
+    return sorted(ranked[:count])
+
+
+class Turns(NamedTuple):
+    """For which round a site was last asked to train, 0 for none, and how often in all."""
+
+    last_round: int = 0
+    num_times: int = 0
+
+
+def next_in_turn(seed: int, names: Collection[str], count: int, turns: Mapping[str, Turns]) -> list[str]:
+    """`count` of the names (all where there are fewer), those first that were asked longest ago or never, and of these
+    those that were asked less often; in the order of names. Of equals, those first that come first in an order that hangs on the
+    seed alone."""
+    ranked = sorted(names, key=lambda name: (*turns.get(name, Turns()), _hash("turn", seed, name), name))
     return sorted(ranked[:count])
 
 
@@ -69,11 +85,13 @@ def select(
     over_selection: float,
     min_clients: int,
     is_settling: bool,
+    selection: str = "random",
+    turns: Mapping[str, Turns] | None = None,
 ) -> Selection:
     """The cohort of a round, or the reason why it cannot be chosen yet.
 
     Right after a start (`is_settling`) the clients that were there before are waited for, so that a restart does not shrink the
-    cohort.
+    cohort. `selection` is "random", by seed and round alone, or "round_robin", by `turns` as in `next_in_turn`.
     """
     alive = candidates.alive
     if is_settling and candidates.expected:
@@ -91,7 +109,8 @@ def select(
         return Selection(
             (), f"waiting for {needed} free clients: {_some(taken)} at work for another run", waits_for_busy=True
         )
-    cohort = draw(seed, round, free, num_selected(size, over_selection))
+    count = num_selected(size, over_selection)
+    cohort = draw(seed, round, free, count) if selection == "random" else next_in_turn(seed, free, count, turns or {})
     return Selection(tuple(cohort), f"selected {len(cohort)} of {len(alive)} clients")
 
 

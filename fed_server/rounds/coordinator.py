@@ -503,6 +503,8 @@ class Coordinator:
             over_selection=cohort.over_selection,
             min_clients=cohort.min_clients,
             is_settling=self._facilities.clock.monotonic() - membership.started < SETTLE_SECONDS,
+            selection=cohort.selection,
+            turns=run.turns,
         )
 
     def _candidates(self, run: LiveRun) -> Candidates:

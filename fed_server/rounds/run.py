@@ -32,7 +32,7 @@ from fed_server.config import DeltaDownlinkConfig, FedNovaConfig, LatticeDownlin
 from fed_server.optim.schedule import Plateau
 from fed_server.optim.state import open_steps
 from fed_server.rounds.broadcast import WHOLE, Broadcasts
-from fed_server.rounds.cohort import broadcast_seed, client_seed
+from fed_server.rounds.cohort import Turns, broadcast_seed, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
 from fed_server.rounds.downlink import lattice_for
 from fed_server.rounds.folding import Folding
@@ -97,6 +97,8 @@ class LiveRun:
         self.models: dict[int, ModelRecord] = {}
         self.specs: tuple[TensorSpec, ...] = ()
         self.last_turn = 0
+        self.turns: dict[str, Turns] = {}
+        """When each site was asked to train, by name."""
         self._grid_policy: GridPolicy = run_grid_policy(config)
         self._max_abs: tuple[int, dict[str, float]] | None = None
         self._moving = asyncio.Lock()
@@ -191,6 +193,8 @@ class LiveRun:
             if rounds and rounds[-1].state not in (RoundState.COMMITTED, RoundState.FAILED):
                 self.round = rounds[-1]
                 self.assignments = {a.assignment_id: a for a in tx.assignments(self.run_id, rounds[-1].round)}
+            if self.config.cohort.selection == "round_robin":
+                self._note_selected(tx.assignments(self.run_id))
 
         await self._facilities.workers.store(read)
         path = self._facilities.files.model_path(self.run_id, self.record.model_version)
@@ -207,6 +211,13 @@ class LiveRun:
                     await self._set_aside(assignment, damage)
                 else:
                     self._folding.put(assignment)
+
+    def _note_selected(self, assignments: Iterable[AssignmentRecord]) -> None:
+        for assignment in assignments:
+            if assignment.kind is AssignmentKind.TRAIN:
+                name = self._surroundings.name_of(assignment.client_id)
+                last_round, num_times = self.turns.get(name, Turns())
+                self.turns[name] = Turns(max(assignment.round, last_round), num_times + 1)
 
     async def _set_aside(self, assignment: AssignmentRecord, reason: str) -> None:
         """An acknowledged update that the disk lost: it no longer counts, by name."""
@@ -382,6 +393,7 @@ class LiveRun:
             if not await self._write(record, opened, assignments):
                 return 0
             self.assignments = {a.assignment_id: a for a in assignments}
+            self._note_selected(assignments)
             self._waited_seconds = 0.0
             self._folding.begin(self._new_aggregate)
         logger.info(

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_server.rounds.cohort import Candidates, Selection, client_seed, draw, num_selected, select
+from fed_server.rounds.cohort import Candidates, Selection, Turns, client_seed, draw, next_in_turn, num_selected, select
 
 NAMES = frozenset(f"site-{i}" for i in range(10))
 
@@ -34,6 +34,32 @@ def test_rounds_draw_different_cohorts_and_every_site_gets_its_share() -> None:
             times[name] += 1
     assert min(times.values()) > 240  # 300 expected, standard deviation 14
     assert max(times.values()) < 360
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(1, 10))
+def test_in_turn_everybody_is_asked_as_often_as_any_other(seed: int, count: int) -> None:
+    turns: dict[str, Turns] = {}
+    times = dict.fromkeys(NAMES, 0)
+    for round in range(1, 21):
+        chosen = choose(
+            Candidates(NAMES), seed=seed, round=round, size=count, selection="round_robin", turns=turns
+        ).cohort
+        assert len(chosen) == count
+        for name in chosen:
+            times[name] += 1
+            turns[name] = Turns(round, times[name])
+        assert max(times.values()) - min(times.values()) <= 1
+
+
+def test_in_turn_a_newcomer_and_who_was_away_come_first_and_then_wait_like_all() -> None:
+    last = {"site-0": Turns(9, 5), "site-1": Turns(8, 5), "site-2": Turns(3, 1)}
+    assert next_in_turn(1, ["site-0", "site-1", "site-2", "new"], 2, last) == ["new", "site-2"]
+    assert next_in_turn(
+        1, ["site-0", "site-1", "site-2", "new"], 2, last | {"new": Turns(10, 1), "site-2": Turns(10, 2)}
+    ) == [
+        "site-0",
+        "site-1",
+    ]
 
 
 def test_seeds_of_clients_differ_by_run_round_and_name() -> None:

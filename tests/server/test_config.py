@@ -47,7 +47,7 @@ name = "all-1"
 workload = "mnist"
 workload_version = "2 \\"quoted\\" \\u007f é"
 seed = 9223372036854775807
-cohort = { size = 7, min_clients = 6, quorum = 4, over_selection = 1.5, labels = { region = "north", "gpu.kind" = "a100" } }
+cohort = { size = 7, min_clients = 6, quorum = 4, over_selection = 1.5, selection = "round_robin", labels = { region = "north", "gpu.kind" = "a100" } }
 schedule = { max_rounds = 3, deadline_seconds = 12.5, time_budget_seconds = 1e-05, max_failed_rounds = 2 }
 evaluation = { at = "both", every = 2, metric = "f1_score", direction = "min", deadline_seconds = 3, batch_size = 8 }
 stop = { target = -0.25, patience = 4, max_seconds = 1e7 }
@@ -65,6 +65,7 @@ schedule = { kind = "step", warmup_rounds = 1, every = 2, factor = 0.1, floor = 
 [aggregation]
 kind = "mean"
 weighting = "custom"
+importance = { north = 2 }
 max_weight = 1000
 bound = 16.0
 merge = [{ pattern = "*.running_*", rule = "keep" }, { pattern = "steps", rule = "maximum" }]
@@ -161,6 +162,23 @@ ENCODINGS = [
 EVERY_OPTION += [
     f'{MINIMAL}uplink = {encoding}\ndownlink = {{ kind = "delta", encoding = {encoding} }}\n' for encoding in ENCODINGS
 ]
+ROBUST = (
+    'num_byzantine = 2, num_byzantine_population = 4, mixing = "nearest", bound = 16.0, '
+    'merge = [{ pattern = "b*", rule = "keep" }]'
+)
+AGGREGATORS = [
+    f'{{ kind = "median", {ROBUST} }}',
+    f'{{ kind = "trimmed_mean", trim = 0.25, {ROBUST} }}',
+    f'{{ kind = "krum", {ROBUST} }}',
+    f'{{ kind = "multi_krum", num_averaged = 3, {ROBUST} }}',
+    f'{{ kind = "bulyan", {ROBUST} }}',
+    f'{{ kind = "geometric_median", iterations = 7, smoothing = 0.5, {ROBUST} }}',
+    f'{{ kind = "norm_bounding", clipping_norm = 0.5, {ROBUST} }}',
+    f'{{ kind = "centered_clipping", clipping_norm = 0.5, iterations = 7, {ROBUST} }}',
+]
+EVERY_OPTION += [
+    MINIMAL.replace("size = 3", "size = 20") + f"aggregation = {aggregator}\n" for aggregator in AGGREGATORS
+]
 EVERY_OPTION += [
     f'{MINIMAL}uplink = {{ kind = "eden", bits = 3, unbiased = false }}\n',
     f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, first_error = 0.01 }}\n',
@@ -225,6 +243,22 @@ def test_the_schema_accepts_what_the_parser_accepts_and_refuses_unknown_keys() -
         jsonschema.validate(tomllib.loads(text), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(tomllib.loads(MINIMAL + "cohort.sise = 3"), schema)
+
+
+def test_rules_that_compare_updates_say_what_the_cohort_lacks() -> None:
+    large = MINIMAL.replace("size = 3", "size = 4096\ncohort.over_selection = 1.5")
+    with pytest.raises(
+        ConfigError, match=r"aggregation\.kind: krum compares every update .* over_selection is 6,144; lower"
+    ):
+        parse_run_config(large + 'aggregation = { kind = "krum", num_byzantine = 1 }')
+    with pytest.raises(ConfigError, match=r"median compares every update"):
+        parse_run_config(large + 'aggregation = { kind = "median", num_byzantine = 1, mixing = "nearest" }')
+    parse_run_config(large + 'aggregation = { kind = "median", num_byzantine = 1 }')
+    small = MINIMAL.replace("size = 3", "size = 9\ncohort.quorum = 7")
+    with pytest.raises(
+        ConfigError, match=r"num_averaged: expected at most cohort.quorum - num_byzantine - 2 = 3, got 4; bad"
+    ):
+        parse_run_config(small + 'aggregation = { kind = "multi_krum", num_byzantine = 2, num_averaged = 4 }')
 
 
 def test_quorum_and_min_clients_follow_from_the_size() -> None:
@@ -361,9 +395,22 @@ def _default(field: FieldInfo) -> str:
         ('training.objective.kind = "scaffold"', 'training.objective.kind: expected "plain", "fedprox" or "fednova"'),
         ('training.overridable = ["lr"]', 'training.overridable[0]: expected "batch_size", "learning_rate"'),
         ('training.overridable = ["optimizer", "optimizer"]', "training.overridable: expected each name once"),
-        ('aggregation.merge = [{ pattern = "x", rule = "men" }]', 'aggregation.merge[0].rule: expected "mean", "maximum" or'),
-        ('aggregation.merge = [{ patern = "x" }]', "aggregation.merge[0].patern: there is no such key; did you mean 'pattern'?"),
-        ('aggregation = { weighting = "uniform", max_weight = 3 }', "aggregation.max_weight: has no effect with weighting"),
+        ('aggregation = { kind = "mean", merge = [{ pattern = "x", rule = "men" }] }', 'merge[0].rule: expected "mean", "maxi'),
+        ('aggregation = { kind = "mean", merge = [{ patern = "x" }] }', "aggregation.merge[0].patern: there is no such key; did "),
+        ('aggregation.weighting = "uniform"', 'aggregation: has no kind; add kind = "mean", "median", "trimmed_mean", "krum", '),
+        ('aggregation = { kind = "mean", weighting = "uniform", max_weight = 3 }', "aggregation.max_weight: has no effect with "),
+        ('aggregation = { kind = "mean", importance = { "a b" = 2 } }', "aggregation.importance.a b: expected only characters of"),
+        ('aggregation = { kind = "mean", importance = { a = 0 } }', "aggregation.importance.a: expected "),
+        ('aggregation = { kind = "mean", max_weight = 2, importance = { a = 3 } }', "aggregation.importance: expected at most max"),
+        ('aggregation = { kind = "median", weighting = "custom", num_byzantine = 1 }', "aggregation.weighting: there is no such "
+         "key here; did you mean 'aggregation.weighting', which needs kind = \"mean\"?"),
+        ('aggregation = { kind = "median" }', "aggregation.num_byzantine: is missing; write num_byzantine = 1 under [aggregation]"),
+        ('aggregation = { kind = "median", num_byzantine = 1 }', "aggregation.num_byzantine: median needs 2f + 1 = 3 updates, "
+         "and a round may close with cohort.quorum = 2; raise the quorum, or lower num_byzantine from 1"),
+        ('cohort.quorum = 3\naggregation = { kind = "trimmed_mean", num_byzantine = 1, trim = 0.3 }', "aggregation.trim: "
+         "expected at least num_byzantine / cohort.quorum = 0.3333, got 0.3; a round may close with so few updates"),
+        ('cohort.quorum = 3\naggregation = { kind = "trimmed_mean", num_byzantine = 1, trim = 0.5 }', "aggregation.trim: "
+         "expected more than 0, less than 0.5, got 0.5"),
         ('uplink.kind = "zip"', 'uplink.kind: expected "auto", "raw", "cast", "uniform", "mask", "fsq", "lrq", "sign", '
          '"ternary", "topk", "randomk", "ectcq", "eden" or "powersgd", got "zip"'),
         ("uplink.bits = 3", 'uplink: has no kind; add kind = "auto", "raw"'),
