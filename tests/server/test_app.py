@@ -314,8 +314,15 @@ async def test_a_submission_whose_operator_hangs_up_still_has_its_driver(
         ("name = ", "TOML"),
         (config(size=1) + "\nsurprise = 1\n", "surprise"),
         (config(size=1).replace("size = 1", "size = 0"), r"cohort\.size"),
-        (config(size=1, extra='[[aggregation.merge]]\npattern = "nothing*"\nrule = "mean"\n'), "matches no tensor"),
-        (config(size=60000, extra="[aggregation]\nmax_weight = 1000000\n"), r"aggregation\.max_weight"),
+        (
+            config(size=1, extra='[aggregation]\nkind = "mean"\nmerge = [{ pattern = "nothing*", rule = "mean" }]\n'),
+            "matches no tensor",
+        ),
+        (config(size=60000, extra='[aggregation]\nkind = "mean"\nmax_weight = 1000000\n'), r"aggregation\.max_weight"),
+        (
+            config(size=1000, extra='[aggregation]\nkind = "mean"\nimportance = { site = 1000000 }\n'),
+            r"aggregation\.importance: 1,000,000 is beyond .* 134,217: lower it",
+        ),
     ],
 )
 async def test_a_config_that_cannot_be_is_refused_with_its_field(house: House, text: str, says: str) -> None:

@@ -400,7 +400,8 @@ async def test_a_weight_out_of_range_is_refused(trial: Trial, num_examples: int)
 
 async def test_a_custom_weight_counts_only_where_the_run_says_so(house: House) -> None:
     await off_loop(
-        house.operator.submit, config(size=1, extra='[aggregation]\nweighting = "custom"\nmax_weight = 50\n')
+        house.operator.submit,
+        config(size=1, extra='[aggregation]\nkind = "mean"\nweighting = "custom"\nmax_weight = 50\n'),
     )
     client = await off_loop(house.client, "site")
     assignment = await off_loop(client.next_assignment)
