@@ -47,7 +47,7 @@ name = "all-1"
 workload = "mnist"
 workload_version = "2 \\"quoted\\" \\u007f é"
 seed = 9223372036854775807
-cohort = { size = 7, min_clients = 6, quorum = 4, over_selection = 1.5, labels = { region = "north", "gpu.kind" = "a100" } }
+cohort = { size = 7, min_clients = 6, quorum = 4, over_selection = 1.5, selection = "round_robin", labels = { region = "north", "gpu.kind" = "a100" } }
 schedule = { max_rounds = 3, deadline_seconds = 12.5, time_budget_seconds = 1e-05, max_failed_rounds = 2 }
 evaluation = { at = "both", every = 2, metric = "f1_score", direction = "min", deadline_seconds = 3, batch_size = 8 }
 stop = { target = -0.25, patience = 4, max_seconds = 1e7 }
@@ -247,13 +247,17 @@ def test_the_schema_accepts_what_the_parser_accepts_and_refuses_unknown_keys() -
 
 def test_rules_that_compare_updates_say_what_the_cohort_lacks() -> None:
     large = MINIMAL.replace("size = 3", "size = 4096\ncohort.over_selection = 1.5")
-    with pytest.raises(ConfigError, match=r"aggregation\.kind: krum compares every update .* over_selection is 6,144; lower"):
+    with pytest.raises(
+        ConfigError, match=r"aggregation\.kind: krum compares every update .* over_selection is 6,144; lower"
+    ):
         parse_run_config(large + 'aggregation = { kind = "krum", num_byzantine = 1 }')
     with pytest.raises(ConfigError, match=r"median compares every update"):
         parse_run_config(large + 'aggregation = { kind = "median", num_byzantine = 1, mixing = "nearest" }')
     parse_run_config(large + 'aggregation = { kind = "median", num_byzantine = 1 }')
     small = MINIMAL.replace("size = 3", "size = 9\ncohort.quorum = 7")
-    with pytest.raises(ConfigError, match=r"num_averaged: expected at most cohort.quorum - num_byzantine - 2 = 3, got 4; bad"):
+    with pytest.raises(
+        ConfigError, match=r"num_averaged: expected at most cohort.quorum - num_byzantine - 2 = 3, got 4; bad"
+    ):
         parse_run_config(small + 'aggregation = { kind = "multi_krum", num_byzantine = 2, num_averaged = 4 }')
 
 
