@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fed_core.errors import CorruptError
+from fed_core.errors import CorruptError, DiskFullError
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import write_payload
 from fed_core.specs import TensorSpec
@@ -121,3 +122,30 @@ async def test_an_update_that_waits_when_its_round_ends_is_no_part_of_the_next(d
     assert aggregate is not None
     assert aggregate.num_updates == 1
     assert means(aggregate) == [0.5]
+
+
+class FillsItsDisk(WeightedMean):
+    """A mean that found the disk full when the update of weight 7 came for the first few times."""
+
+    num_refused = 0
+
+    def add(self, update: PayloadReader, weight: int) -> None:
+        if weight == 7 and FillsItsDisk.num_refused < 2:
+            FillsItsDisk.num_refused += 1
+            raise OSError(errno.ENOSPC, "no space left")
+        super().add(update, weight)
+
+
+async def test_an_update_that_there_is_no_disk_for_is_neither_lost_nor_counted_twice(desk: Desk) -> None:
+    FillsItsDisk.num_refused = 0
+    desk.folding.begin(lambda: FillsItsDisk(SPECS, {"w": -40, "v": -40}, {"w": "mean", "v": "mean"}))
+    desk.put("a", 0.125, 1)
+    desk.put("b", 0.5, 7)
+    for _ in range(2):
+        with pytest.raises(DiskFullError, match="side by side: no space left"):
+            await desk.folding.finished()
+    aggregate = await desk.folding.finished()
+    assert desk.folding.lost == []
+    assert aggregate is not None
+    assert aggregate.num_updates == 2
+    assert means(aggregate) == [(0.125 + 7 * 0.5) / 8]
