@@ -290,10 +290,11 @@ class Federation:
         evaluation: str = "none",
         uplink: str = "",
         downlink: str = "",
+        server_optimizer: str = "",
     ) -> None:
         """A run over all sites, or one of them, that fails with its first failed round. Bit-identical where it is not told
-        otherwise: the whole population, no deadline or budget that matters. `uplink` and `downlink` are inline tables; without
-        them it is compressed as runs are by default."""
+        otherwise: the whole population, no deadline or budget that matters. `uplink`, `downlink` and
+        `server_optimizer` are inline tables; without them it is compressed, and steps, as runs do by default."""
         size = size or (1 if site else len(self.sites))
         labels = f'labels = {{ site = "{site.name}" }}' if site else ""
         work = f'{{ kind = "steps", steps = {steps} }}' if steps else '{ kind = "epochs", epochs = 1 }'
@@ -304,6 +305,7 @@ class Federation:
             seed = {SEED}
             {f"uplink = {uplink}" if uplink else ""}
             {f"downlink = {downlink}" if downlink else ""}
+            {f"server_optimizer = {server_optimizer}" if server_optimizer else ""}
             [cohort]
             size = {size}
             min_clients = {size}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedstream.v1 import runs_pb2
-from tests.faults.processes import TRAIN, Federation, digests, losses
+from tests.faults.processes import TRAIN, Federation, digests, losses, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
 
@@ -49,6 +49,31 @@ def test_killed_at_every_point_the_run_comes_to_the_same_bits(
     for site in federation.sites:
         assert [e["round"] for e in site.events("trained", run=report.run.run_id)] == [1, 2, 3], "trained once a round"
         assert site.spooled() == []
+
+
+@pytest.mark.parametrize("downlink", ['{ kind = "lattice" }', '{ kind = "raw" }'], ids=["lattice", "raw"])
+def test_what_the_server_optimizer_keeps_is_committed_with_the_version(federation: Federation, downlink: str) -> None:
+    """Killed between a version's files and its record, and right after it: no round is stepped twice, none is forgotten."""
+    coordinator, site, name = federation.coordinator, federation.sites[0], downlink.split('"')[1]
+    settings = {"rounds": 3, "site": site, "downlink": downlink, "server_optimizer": '{ kind = "adam" }'}
+    federation.submit(f"adam-{name}-well", **settings)
+    expected = federation.finished(f"adam-{name}-well")
+
+    points = ["before-commit", "after-commit", "before-commit", "mid-fold:2"]
+    coordinator.stop()
+    coordinator.start(fail_at=points.pop(0))
+    federation.submit(f"adam-{name}-killed", **settings)
+    while points:
+        coordinator.wait_killed()
+        coordinator.start(fail_at=points.pop(0))
+    coordinator.wait_killed()
+    coordinator.start()
+    report = federation.finished(f"adam-{name}-killed")
+
+    assert digests(report) == digests(expected)
+    assert losses(report) == losses(expected)
+    masters = coordinator.data / "masters" / report.run.run_id
+    until(lambda: not list(masters.glob("*")), "what a run that is over kept is deleted")
 
 
 def training_metrics(round: runs_pb2.Round) -> dict[str, float]:
