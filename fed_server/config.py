@@ -376,7 +376,7 @@ class _AggregationTable(ConfigTable):
         gt=0,
         le=2.0**64,
         description="Largest absolute value that an update may hold in any tensor, rounded up to a power of two; an update with "
-        "more is refused by name. Unset: 8 times the largest value of the tensor in the base model, at least 0.5 for parameters "
+        "more is refused by name. Unset: 8 times the largest value of the tensor in the base model, at least 4 for parameters "
         "and 1024 for buffers.",
         examples=[16.0],
     )

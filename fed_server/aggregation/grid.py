@@ -17,9 +17,9 @@ from math import ceil, isfinite, log2
 from fed_core.errors import ConfigError
 from fed_core.specs import TensorSpec, is_floating
 
-# A parameter that starts at zero may still move by 8 * 2**-4; a running statistic that starts at zero takes on the scale of the
+# A parameter that starts at zero may still move by 8 * 2**-1; a running statistic that starts at zero takes on the scale of the
 # data in its first round, so its floor is wider at the price of a coarser (still 2**-16) step.
-PARAMETER_FLOOR = 2.0**-4
+PARAMETER_FLOOR = 2.0**-1
 BUFFER_FLOOR = 2.0**7
 
 # Resolution of the mean that a policy must keep, relative to the bound.
