@@ -166,7 +166,7 @@ class TrainingPlan:
     def from_json(cls, fields: Mapping[str, Any]) -> TrainingPlan:
         """The inverse of `to_json`."""
         return cls(
-            **fields
+            **dict(fields)
             | {
                 "optimizer": OptimizerPlan(**fields["optimizer"]),
                 "objective": ObjectivePlan(**fields["objective"]),
