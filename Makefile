@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-codecs bench-bytes proto clean
+.PHONY: help setup demo test check bench bench-codecs bench-bytes bench-feedback proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
@@ -43,6 +43,9 @@ bench-codecs: .stamps/setup ## Measure what codecs cost and lose, on synthetic v
 
 bench-bytes: .stamps/setup ## Measure the bytes that accuracy costs, both ways: MNIST with 100 sites (hours for all rows)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.bytes_to_accuracy $(ARGS)
+
+bench-feedback: .stamps/setup ## Measure error feedback, EF21 and CAFe on coarse codecs (an hour for all rows)
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.feedback $(ARGS)
 
 proto: .stamps/setup .stamps/proto ## Format the contract and write its stubs anew
 	.venv/bin/buf format --write

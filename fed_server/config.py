@@ -280,13 +280,11 @@ class PlainObjectiveConfig(ConfigTable):
     kind: Literal["plain"] = Field(default="plain", description="The workload's loss.")
 
 
+_STRENGTH = "Pull towards the model received: strength / 2 times the squared distance from it is added to the loss."
+
+
 class _ProximalTable(ConfigTable):
-    strength: float = Field(
-        default=0.0,
-        ge=0,
-        le=1e6,
-        description="Pull towards the model received: strength / 2 times the squared distance from it is added to the loss.",
-    )
+    strength: float = Field(default=0.0, ge=0, le=1e6, description=_STRENGTH)
 
 
 class FedProxConfig(_ProximalTable):
@@ -295,12 +293,7 @@ class FedProxConfig(_ProximalTable):
     kind: Literal["fedprox"] = Field(
         default="fedprox", description="The workload's loss, and a pull towards the model received."
     )
-    strength: float = Field(
-        default=0.01,
-        ge=0,
-        le=1e6,
-        description="Pull towards the model received: strength / 2 times the squared distance from it is added to the loss.",
-    )
+    strength: float = Field(default=0.01, ge=0, le=1e6, description=_STRENGTH)
 
 
 class FedNovaConfig(_ProximalTable):
@@ -347,8 +340,8 @@ class TrainingConfig(ConfigTable):
         if isinstance(self.objective, FedNovaConfig) and not isinstance(self.optimizer, SgdConfig):
             _refuse(
                 {
-                    "objective": f"fednova divides updates by the work of sgd, and the optimizer is {self.optimizer.kind}; take sgd, "
-                    "or another objective"
+                    "objective": f"fednova divides updates by the work of sgd, and the optimizer is {self.optimizer.kind}; take "
+                    "sgd, or another objective"
                 }
             )
         return self

@@ -17,7 +17,7 @@ class Normalized:
     more steps than others pulls the model no further in its own direction than its weight says.
 
     The paper's default tau_eff. Buffers and counters are no steps of an optimizer: they are sent and reported as they are. tau_eff
-    is summed exactly and rounded once, so no order of arrival changes it. Memory: two numbers an update. """
+    is summed exactly and rounded once, so no order of arrival changes it. Memory: two numbers an update."""
 
     def __init__(self, aggregator: Aggregator) -> None:
         self._aggregator = aggregator

@@ -47,7 +47,12 @@ name = "all-1"
 workload = "mnist"
 workload_version = "2 \\"quoted\\" \\u007f é"
 seed = 9223372036854775807
-cohort = { size = 7, min_clients = 6, quorum = 4, over_selection = 1.5, selection = "round_robin", labels = { region = "north", "gpu.kind" = "a100" } }
+cohort.size = 7
+cohort.min_clients = 6
+cohort.quorum = 4
+cohort.over_selection = 1.5
+cohort.selection = "round_robin"
+cohort.labels = { region = "north", "gpu.kind" = "a100" }
 schedule = { max_rounds = 3, deadline_seconds = 12.5, time_budget_seconds = 1e-05, max_failed_rounds = 2 }
 evaluation = { at = "both", every = 2, metric = "f1_score", direction = "min", deadline_seconds = 3, batch_size = 8 }
 stop = { target = -0.25, patience = 4, max_seconds = 1e7 }
