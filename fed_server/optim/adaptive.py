@@ -38,12 +38,16 @@ class _Adaptive(ABC):
 
     def step(self, state: State, weights: Tensor, delta: Tensor) -> tuple[State, Tensor]:
         """See `ServerOptimizer.step`. Square roots and quotients of float64 are rounded correctly, alike on every CPU."""
-        *first, v = state
-        v = self._second_moment(v, delta * delta)
-        if not first:
-            return (v,), delta.mul_(self.learning_rate).div_(v.sqrt().add_(self.tau)).add_(weights)
-        m = first[0].mul_(self.beta1).add_(delta.mul_(1.0 - self.beta1))
-        return (m, v), (m * self.learning_rate).div_(v.sqrt().add_(self.tau)).add_(weights)
+        *kept, v = state
+        square = delta * delta
+        v = self._second_moment(v, square)
+        if kept:
+            m = kept[0].mul_(self.beta1).add_(delta.mul_(1.0 - self.beta1))
+            kept, delta = [m], torch.mul(m, self.learning_rate, out=delta)
+        else:
+            delta.mul_(self.learning_rate)
+        root = torch.sqrt(v, out=square).add_(self.tau)
+        return (*kept, v), delta.div_(root).add_(weights)
 
     @abstractmethod
     def _second_moment(self, v: Tensor, square: Tensor) -> Tensor:

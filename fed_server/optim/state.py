@@ -19,6 +19,9 @@ from fed_core.specs import PARAMETER, TensorSpec, is_floating
 from fed_core.tensors import torch_dtype
 from fed_server.optim.base import ServerOptimizer, State
 
+# 512 KiB of float64: what a step works on stays in the second-level cache.
+_TILE = 2**16
+
 _WIDE = ("float64", "complex128")
 
 
@@ -53,31 +56,37 @@ class Steps:
         self._specs = {spec.name: spec for spec in state_specs(optimizer, specs)}
         self._before = before
         self._after = after
+        # Memory that is used again: a fresh tile costs more to map than to fill.
+        self._room = torch.empty((len(self._initial), _TILE), dtype=torch.float64)
 
     def step(self, spec: TensorSpec, first: int, weights: Tensor, delta: Tensor) -> Tensor:
         """The next weights of a tile of a parameter. `weights` and `delta` are 1-D float64, complex elements as pairs, and are
         overwritten; `first` counts the parameter's own elements. Raises NotFiniteError where the state would leave its type's
         range."""
         start = first * (2 if spec.dtype.startswith("complex") else 1)
-        state, moved = self._optimizer.step(self._read(spec.name, start, len(delta)), weights, delta)
-        self._write(spec.name, start, state)
-        return moved
+        for at in range(0, len(delta), _TILE):
+            mine, change = weights[at : at + _TILE], delta[at : at + _TILE]
+            state, moved = self._optimizer.step(self._read(spec.name, start + at, len(mine)), mine, change)
+            self._write(spec.name, start + at, state)
+            mine.copy_(moved)
+        return weights
 
     def stay(self, spec: TensorSpec, first: int, count: int) -> None:
         """The tile was not part of the round: its state is that of before."""
         if spec.name in self._specs:
             per_element = 2 if spec.dtype.startswith("complex") else 1
-            start = first * per_element
-            self._write(spec.name, start, self._read(spec.name, start, count * per_element))
+            for at in range(first * per_element, (first + count) * per_element, _TILE):
+                length = min(_TILE, (first + count) * per_element - at)
+                self._write(spec.name, at, self._read(spec.name, at, length))
 
     def _read(self, name: str, first: int, count: int) -> State:
-        if self._before is None:
-            return tuple(torch.full((count,), value, dtype=torch.float64) for value in self._initial)
-        length = self._specs[name].shape[1] if self._initial else 0
-        return tuple(
-            self._before.read_tile(name, row * length + first, count).to(torch.float64)
-            for row in range(len(self._initial))
-        )
+        state = tuple(self._room[:, :count])
+        for row, (kept, value) in enumerate(zip(state, self._initial, strict=True)):
+            if self._before is None:
+                kept.fill_(value)
+            else:
+                kept.copy_(self._before.read_tile(name, row * self._specs[name].shape[1] + first, count))
+        return state
 
     def _write(self, name: str, first: int, state: State) -> None:
         for row, (tensor, kept) in enumerate(zip(state, self._optimizer.initial, strict=True)):
