@@ -70,7 +70,7 @@ def _check_order(base: PayloadReader | None, steps: Sequence[PayloadReader]) -> 
     specs = base.manifest.specs if base is not None else steps[0].manifest.specs
     for step in steps:
         manifest = step.manifest
-        if manifest.kind == common_pb2.PAYLOAD_KIND_UPDATE:
+        if manifest.kind not in (common_pb2.PAYLOAD_KIND_MODEL, common_pb2.PAYLOAD_KIND_DELTA):
             raise PayloadError("an update is no step to a model; expected models and deltas")
         if not _is_model(step) and manifest.base_digest != digest:
             raise PayloadError(

@@ -35,5 +35,9 @@ MAX_ID_BYTES: Final = 100
 MAX_METRICS: Final = 64
 MAX_METRIC_NAME_BYTES: Final = 100
 MAX_UPDATE_INFO_BYTES: Final = 64 * 2**10
+# 65,536 exponents of up to five bytes each.
+MAX_PARTIAL_INFO_BYTES: Final = 512 * 2**10
+# Exponents of the finest and the coarsest step that float64 has.
+MAX_EXPONENT: Final = 1074
 # Counts that sites report: far beyond any real one, far below where their sums would leave int64.
 MAX_COUNT: Final = 2**48

@@ -32,6 +32,7 @@ _KINDS: Final = {
     common_pb2.PAYLOAD_KIND_MODEL,
     common_pb2.PAYLOAD_KIND_UPDATE,
     common_pb2.PAYLOAD_KIND_DELTA,
+    common_pb2.PAYLOAD_KIND_PARTIAL,
 }
 _CODEC_NAME: Final = re.compile(rf"[a-z0-9_.-]{{1,{limits.MAX_CODEC_BYTES}}}")
 _METRIC_NAME: Final = re.compile(rf"[a-z0-9_.]{{1,{limits.MAX_METRIC_NAME_BYTES}}}")
@@ -114,6 +115,21 @@ class UpdateInfo:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PartialInfo:
+    """What a partial aggregate stands for; the fields are those of the wire's PartialInfo."""
+
+    num_updates: int
+    total_weight: int
+    exponents: tuple[int, ...]
+
+    def to_proto(self) -> payload_pb2.PartialInfo:
+        """The message that travels."""
+        return payload_pb2.PartialInfo(
+            num_updates=self.num_updates, total_weight=self.total_weight, exponents=self.exponents
+        )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A payload's table of contents, checked against every limit. `digest` identifies the payload."""
@@ -131,6 +147,7 @@ class Manifest:
     result_digest: bytes
     digest: bytes
     manifest_bytes: int
+    partial: PartialInfo | None = None
 
     @property
     def first_segment(self) -> int:
@@ -228,6 +245,7 @@ def parse_manifest(preamble: Preamble, data: bytes | bytearray | memoryview) -> 
         result_digest=message.result_digest,
         digest=preamble.digest,
         manifest_bytes=len(data),
+        partial=_read_partial(message.partial) if message.HasField("partial") else None,
     )
     _check_header(manifest)
     _check_sums(manifest)
@@ -306,6 +324,7 @@ _MANIFEST_SHAPE: Final = {
     12: _NUMBER,
     13: _Shape(limits.MAX_UPDATE_INFO_BYTES),
     14: _Shape(limits.DIGEST_BYTES),
+    15: _Shape(limits.MAX_PARTIAL_INFO_BYTES),
 }
 
 
@@ -473,27 +492,50 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
     )
 
 
+def _read_partial(message: payload_pb2.PartialInfo) -> PartialInfo:
+    if not 0 <= message.num_updates <= message.total_weight <= limits.MAX_COUNT:
+        raise PayloadError(
+            f"the partial aggregate says {message.num_updates} updates of total weight {message.total_weight}; expected 0 to "
+            f"{limits.MAX_COUNT}, and the weight to be no less"
+        )
+    for exponent in message.exponents:
+        if abs(exponent) > limits.MAX_EXPONENT:
+            raise PayloadError(
+                f"the partial aggregate says exponent {exponent}; float64 has none beyond {limits.MAX_EXPONENT}"
+            )
+    return PartialInfo(message.num_updates, message.total_weight, tuple(message.exponents))
+
+
 def _check_header(manifest: Manifest) -> None:
     if manifest.kind not in _KINDS:
         raise PayloadError(
-            f"the payload is of the unknown kind {manifest.kind}; expected a model, an update or a delta"
+            f"the payload is of the unknown kind {manifest.kind}; expected a model, an update, a delta or a partial aggregate"
         )
     is_update = manifest.kind == common_pb2.PAYLOAD_KIND_UPDATE
     is_model = manifest.kind == common_pb2.PAYLOAD_KIND_MODEL
+    is_partial = manifest.kind == common_pb2.PAYLOAD_KIND_PARTIAL
     if manifest.model_version < 0:
         raise PayloadError(f"the payload says model version {manifest.model_version}; expected 0 or more")
     if is_update != (manifest.update is not None):
         raise PayloadError("an update says what work is behind it, and nothing else does")
+    if is_partial != (manifest.partial is not None):
+        raise PayloadError("a partial aggregate says how many updates it stands for, and nothing else does")
+    if manifest.partial is not None and len(manifest.partial.exponents) != len(manifest.tensors):
+        raise PayloadError(
+            f"the partial aggregate has {len(manifest.partial.exponents)} exponents for {len(manifest.tensors)} tensors"
+        )
     if len(manifest.base_digest) != (0 if is_model else limits.DIGEST_BYTES):
         raise PayloadError("an update or a delta names the digest of its base model, and a model names none")
-    if is_update and not (manifest.run_id and manifest.round >= 1):
+    if (is_update or is_partial) and not (manifest.run_id and manifest.round >= 1):
         raise PayloadError(
             f"an update belongs to a run and a round from 1 on; here {manifest.run_id!r}, {manifest.round}"
         )
-    if not is_update and manifest.round != 0:
+    if not (is_update or is_partial) and manifest.round != 0:
         raise PayloadError(f"a model or a delta belongs to no round; here it says {manifest.round}, expected 0")
     is_raw = all(entry.codec == RAW for entry in manifest.tensors)
-    if len(manifest.result_digest) != (0 if is_update or (is_model and is_raw) else limits.DIGEST_BYTES):
+    if is_partial and not is_raw:
+        raise PayloadError("the sums of a partial aggregate are exact; they come in the raw codec only")
+    if len(manifest.result_digest) != (0 if is_update or is_partial or (is_model and is_raw) else limits.DIGEST_BYTES):
         raise PayloadError(
             "a delta, and a model that is not in the raw codec throughout, name the digest of the raw model, and nothing else does"
         )

@@ -28,6 +28,7 @@ from fed_core.payload.limits import (
 )
 from fed_core.payload.manifest import (
     RAW,
+    PartialInfo,
     UpdateInfo,
     pack_bundle,
     pack_preamble,
@@ -94,6 +95,7 @@ def write_payload(
     result_digest: Callable[[], bytes] | None = None,
     on_decoded: OnDecoded | None = None,
     on_progress: OnProgress | None = None,
+    partial: PartialInfo | None = None,
 ) -> Written:
     """Encodes tensors into an empty, seekable file; the caller flushes, fsyncs and renames it.
 
@@ -143,6 +145,7 @@ def write_payload(
         raw_bytes=raw_bytes,
         update=update.to_proto() if update is not None else None,
         result_digest=bytes(DIGEST_BYTES) if result_digest is not None and not is_lossless_model else b"",
+        partial=partial.to_proto() if partial is not None else None,
     )
     manifest.encoded_bytes = bool(bundled) + sum(
         len(entry.bodies) + entry.HasField("head") for entry in manifest.tensors

@@ -30,12 +30,12 @@ class ExactSum:
     Law: any sequence of `add`, `subtract` and `merge` that stands for the same multiset of (values, weight) gives the same bits.
     It holds as long as the absolute sum stays below 2**53 steps, which the grid's policy promises.
 
-    Memory: 8 bytes an element. `scratch` (see `scratch_tile`) may be shared by sums that are not added to at the same time.
-    """
+    `steps` are these whole numbers. Memory: 8 bytes an element. `scratch` (see `scratch_tile`) may be shared by sums that are not
+    added to at the same time."""
 
     def __init__(self, num_elements: int, exponent: int, scratch: Tensor | None = None) -> None:
         self.exponent = exponent
-        self._steps = _zeros(num_elements)
+        self.steps = _zeros(num_elements)
         self._scratch = scratch_tile() if scratch is None else scratch
 
     def add(self, first: int, values: Tensor, weight: int) -> None:
@@ -49,15 +49,22 @@ class ExactSum:
             scratch = self._scratch[: len(tile)]
             scratch.copy_(tile)
             scratch.mul_(scale).round_()
-            self._steps[first + start : first + start + len(tile)].add_(scratch)
+            self.steps[first + start : first + start + len(tile)].add_(scratch)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def add_steps(self, first: int, steps: Tensor) -> None:
+        """Adds whole numbers of steps to the coordinates from `first` on."""
+        self.steps[first : first + len(steps)].add_(steps)
 
     def merge(self, other: ExactSum) -> None:
         """Adds another partial sum of the same coordinates on the same grid."""
-        if other.exponent != self.exponent or len(other._steps) != len(self._steps):
+        if other.exponent != self.exponent or len(other.steps) != len(self.steps):
             raise ValueError("partial sums merge only on the same grid")
-        self._steps.add_(other._steps)
+        self.steps.add_(other.steps)
 
     def mean(self, first: int, count: int, total_weight: int) -> Tensor:
         """The sum divided by `total_weight`, float64, for `count` coordinates from `first` on."""
-        tile = self._steps[first : first + count] * 2.0**self.exponent
+        tile = self.steps[first : first + count] * 2.0**self.exponent
         return tile.div_(float(total_weight))

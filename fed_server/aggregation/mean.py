@@ -22,19 +22,20 @@ from fed_server.aggregation.merge_rules import MergeRule
 class WeightedMean:
     """sum(weight_i * update_i) / sum(weight_i) over floating tensors, the maximum over counters.
 
-    Memory: 8 bytes per element of the model, whatever the cohort, and one decoded tile.
+    Memory: 8 bytes per element of the model, whatever the cohort, and one decoded tile. `specs`, `sums` and `maxima` are for those
+    who write down a mean on its way (see `partial`).
     """
 
     def __init__(self, specs: Sequence[TensorSpec], grid: Mapping[str, int], rules: Mapping[str, MergeRule]) -> None:
-        self._sums: dict[str, ExactSum] = {}
-        self._maxima: dict[str, Tensor] = {}
-        self._specs = {spec.name: spec for spec in specs}
+        self.specs = list(specs)
+        self.sums: dict[str, ExactSum] = {}
+        self.maxima: dict[str, Tensor] = {}
         scratch = scratch_tile()
         for spec in specs:
             if rules[spec.name] == "mean":
-                self._sums[spec.name] = ExactSum(_num_reals(spec), grid[spec.name], scratch)
+                self.sums[spec.name] = ExactSum(_num_reals(spec), grid[spec.name], scratch)
             elif rules[spec.name] == "maximum":
-                self._maxima[spec.name] = torch.zeros(spec.num_elements, dtype=torch_dtype(spec.dtype))
+                self.maxima[spec.name] = torch.zeros(spec.num_elements, dtype=torch_dtype(spec.dtype))
         self._num_updates = 0
         self._total_weight = 0
 
@@ -50,34 +51,39 @@ class WeightedMean:
 
     def add(self, update: PayloadReader, weight: int) -> None:
         """Folds one update, tile by tile."""
-        for name in self._specs:
-            if name in self._sums:
-                per_element = 2 if self._specs[name].dtype.startswith("complex") else 1
+        for spec in self.specs:
+            name = spec.name
+            if name in self.sums:
+                per_element = 2 if spec.dtype.startswith("complex") else 1
                 for first, tile in update.iter_tiles(name):
-                    self._sums[name].add(first * per_element, as_reals(tile), weight)
-            elif name in self._maxima:
-                largest = self._maxima[name]
+                    self.sums[name].add(first * per_element, as_reals(tile), weight)
+            elif name in self.maxima:
                 for first, tile in update.iter_tiles(name):
-                    mine = largest[first : first + len(tile)]
-                    if self._num_updates == 0:
-                        mine.copy_(tile)
-                    else:
-                        torch.maximum(mine, tile, out=mine)
+                    self.raise_maxima(name, first, tile)
             failpoint("mid-fold")
-        self._num_updates += 1
-        self._total_weight += weight
+        self.count(1, weight)
+
+    def raise_maxima(self, name: str, first: int, tile: Tensor) -> None:
+        """Takes note of a counter's values from element `first` on; those of the first update are taken as they are."""
+        mine = self.maxima[name][first : first + len(tile)]
+        if self._num_updates == 0:
+            mine.copy_(tile)
+        else:
+            torch.maximum(mine, tile, out=mine)
+
+    def count(self, num_updates: int, total_weight: int) -> None:
+        """Counts updates whose values were all added."""
+        self._num_updates += num_updates
+        self._total_weight += total_weight
 
     def merge(self, other: WeightedMean) -> None:
         """Adds another partial mean of the same model on the same grid."""
-        for name, partial in self._sums.items():
-            partial.merge(other._sums[name])
-        for name, largest in self._maxima.items():
-            if self._num_updates == 0:
-                largest.copy_(other._maxima[name])
-            elif other._num_updates:
-                torch.maximum(largest, other._maxima[name], out=largest)
-        self._num_updates += other._num_updates
-        self._total_weight += other._total_weight
+        for name, partial in self.sums.items():
+            partial.merge(other.sums[name])
+        if other.num_updates:
+            for name, largest in other.maxima.items():
+                self.raise_maxima(name, 0, largest)
+        self.count(other.num_updates, other.total_weight)
 
     def can_report(self) -> bool:
         """Whether at least one update was folded."""
@@ -88,11 +94,11 @@ class WeightedMean:
 
     def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:
         """See `Aggregator.report`."""
-        if spec.name in self._sums:
+        if spec.name in self.sums:
             per_element = 2 if spec.dtype.startswith("complex") else 1
-            return self._sums[spec.name].mean(first * per_element, count * per_element, self._total_weight)
-        if spec.name in self._maxima:
-            return self._maxima[spec.name][first : first + count]
+            return self.sums[spec.name].mean(first * per_element, count * per_element, self._total_weight)
+        if spec.name in self.maxima:
+            return self.maxima[spec.name][first : first + count]
         return None
 
 

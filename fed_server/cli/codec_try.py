@@ -39,6 +39,7 @@ _KIND_NAMES: Final = {
     common_pb2.PAYLOAD_KIND_MODEL: "model",
     common_pb2.PAYLOAD_KIND_UPDATE: "update",
     common_pb2.PAYLOAD_KIND_DELTA: "delta",
+    common_pb2.PAYLOAD_KIND_PARTIAL: "partial aggregate",
 }
 _COMPARED_COORDINATES: Final = 2**20
 

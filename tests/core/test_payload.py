@@ -365,6 +365,19 @@ REFUSALS: dict[str, Change] = {
     "field 10 of the manifest has 44 bytes": lambda m: setattr(m.bundle, "num_coordinates", 3),
     "digest of the raw model, and nothing else does": lambda m: setattr(m, "result_digest", bytes(32)),
     "field 14 of the manifest has 33 bytes": lambda m: setattr(m, "result_digest", bytes(33)),
+    "a partial aggregate says how many updates it stands for, and nothing else": lambda m: m.partial.MergeFrom(
+        payload_pb2.PartialInfo(num_updates=1, total_weight=1)
+    ),
+    "says 2 updates of total weight 1": lambda m: m.partial.MergeFrom(
+        payload_pb2.PartialInfo(num_updates=2, total_weight=1)
+    ),
+    "float64 has none beyond 1074": lambda m: m.partial.MergeFrom(payload_pb2.PartialInfo(exponents=[1075])),
+    "come in the raw codec only": lambda m: (
+        setattr(m, "kind", 4),
+        m.ClearField("update"),
+        m.codecs.__setitem__(0, "uniform"),
+        m.partial.MergeFrom(payload_pb2.PartialInfo(exponents=[0] * len(m.tensors))),
+    ),
     "claims 1 raw and": lambda m: setattr(m, "raw_bytes", 1),
     "and 1 encoded bytes": lambda m: setattr(m, "encoded_bytes", 1),
     "at most 274877906944 elements": change_specs(lambda specs: specs[0].shape.extend([2**40])),
@@ -419,7 +432,8 @@ def test_as_many_tensors_as_allowed_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [b"\x78\x01", b"\x50\x01", b"\x08\x01", b"\x0a\x00", b"\x3d\0\0\0\0", b"\x0b", b"\x00\x00"]
+    "field",
+    [b"\x80\x01\x01", b"\x78\x01", b"\x50\x01", b"\x08\x01", b"\x0a\x00", b"\x3d\0\0\0\0", b"\x0b", b"\x00\x00"],
 )
 def test_a_field_that_is_unknown_doubled_or_of_another_type_is_refused(field: bytes) -> None:
     message, segments = split(write_update(named(SMALL))[1])

@@ -33,6 +33,10 @@ class _PayloadKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PayloadKi
     """A client's update: floating-point tensors as local minus received, all other tensors as their local value."""
     PAYLOAD_KIND_DELTA: _PayloadKind.ValueType  # 3
     """What leads from one version of a model to a later one: tensors in the raw codec as their new value, all others as the difference."""
+    PAYLOAD_KIND_PARTIAL: _PayloadKind.ValueType  # 4
+    """Sums over the updates of a part of a round's cohort, all in the raw codec: of each averaged tensor a vector of float64 that holds
+    whole multiples of a power of two, of each counter the largest value. Adding two of them up is exact.
+    """
 
 class PayloadKind(_PayloadKind, metaclass=_PayloadKindEnumTypeWrapper):
     """What a payload file holds. A reader refuses a kind that it did not ask for."""
@@ -45,6 +49,10 @@ PAYLOAD_KIND_UPDATE: PayloadKind.ValueType  # 2
 """A client's update: floating-point tensors as local minus received, all other tensors as their local value."""
 PAYLOAD_KIND_DELTA: PayloadKind.ValueType  # 3
 """What leads from one version of a model to a later one: tensors in the raw codec as their new value, all others as the difference."""
+PAYLOAD_KIND_PARTIAL: PayloadKind.ValueType  # 4
+"""Sums over the updates of a part of a round's cohort, all in the raw codec: of each averaged tensor a vector of float64 that holds
+whole multiples of a power of two, of each counter the largest value. Adding two of them up is exact.
+"""
 Global___PayloadKind: _TypeAlias = PayloadKind  # noqa: Y015
 
 class _TensorRole:

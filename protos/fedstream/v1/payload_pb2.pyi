@@ -195,6 +195,38 @@ class UpdateInfo(_message.Message):
 Global___UpdateInfo: _TypeAlias = UpdateInfo  # noqa: Y015
 
 @_typing.final
+class PartialInfo(_message.Message):
+    """What a partial aggregate stands for besides its sums. Partial aggregates merge only with equal exponents, of the same round and base."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_UPDATES_FIELD_NUMBER: _builtins.int
+    TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    EXPONENTS_FIELD_NUMBER: _builtins.int
+    num_updates: _builtins.int
+    """Updates that were added up, at least 0."""
+    total_weight: _builtins.int
+    """Sum of their weights, at least num_updates."""
+    @_builtins.property
+    def exponents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One for each tensor, in the order of the manifest: its sums are whole multiples of 2^exponent; 0 for a counter."""
+
+    def __init__(
+        self,
+        *,
+        num_updates: _builtins.int = ...,
+        total_weight: _builtins.int = ...,
+        exponents: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exponents", b"exponents", "num_updates", b"num_updates", "total_weight", b"total_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartialInfo: _TypeAlias = PartialInfo  # noqa: Y015
+
+@_typing.final
 class Manifest(_message.Message):
     """The table of contents of a payload."""
 
@@ -214,16 +246,19 @@ class Manifest(_message.Message):
     ENCODED_BYTES_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     RESULT_DIGEST_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     kind: _common_pb2.PayloadKind.ValueType
     """What the payload holds."""
     run_id: _builtins.str
     """Run that it belongs to; empty for a model that no run owns yet."""
     round: _builtins.int
-    """Round of an update, from 1; 0 for a model or a delta."""
+    """Round of an update or a partial aggregate, from 1; 0 for a model or a delta."""
     model_version: _builtins.int
-    """Version of the model: its own for a model, that of the received model for an update, that of the result for a delta."""
+    """Version of the model: its own for a model, that of the received model for an update and for a partial aggregate of updates, that
+    of the result for a delta.
+    """
     base_digest: _builtins.bytes
-    """Identity of the model that an update or a delta is relative to, 32 bytes; empty for a model."""
+    """Identity of the model that an update, a partial aggregate or a delta is relative to, 32 bytes; empty for a model."""
     packed_specs: _builtins.bytes
     """In every other payload: the serialized TensorSpecs, compressed by zlib; at most 16 MiB when decompressed."""
     raw_bytes: _builtins.int
@@ -233,7 +268,7 @@ class Manifest(_message.Message):
     result_digest: _builtins.bytes
     """Identity of the model that this payload leads to, 32 bytes: of a delta's result, and of a model that is not written in the raw
     codec throughout. The identity of a model is the digest of its payload in the raw codec, so that whoever has made the model of
-    a delta, or unpacked it, can check every bit. Empty for an update and for a model in the raw codec.
+    a delta, or unpacked it, can check every bit. Empty for an update, a partial aggregate and a model in the raw codec.
     """
     @_builtins.property
     def specs(self) -> Global___TensorSpecs:
@@ -257,6 +292,10 @@ class Manifest(_message.Message):
     def update(self) -> Global___UpdateInfo:
         """Set on an update, absent otherwise. At most 64 KiB."""
 
+    @_builtins.property
+    def partial(self) -> Global___PartialInfo:
+        """Set on a partial aggregate, absent otherwise. At most 512 KiB."""
+
     def __init__(
         self,
         *,
@@ -274,10 +313,11 @@ class Manifest(_message.Message):
         encoded_bytes: _builtins.int = ...,
         update: Global___UpdateInfo | None = ...,
         result_digest: _builtins.bytes = ...,
+        partial: Global___PartialInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "specs", b"specs", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "partial", b"partial", "specs", b"specs", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "bundle", b"bundle", "codecs", b"codecs", "encoded_bytes", b"encoded_bytes", "kind", b"kind", "model_version", b"model_version", "packed_specs", b"packed_specs", "raw_bytes", b"raw_bytes", "result_digest", b"result_digest", "round", b"round", "run_id", b"run_id", "specs", b"specs", "tensors", b"tensors", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "bundle", b"bundle", "codecs", b"codecs", "encoded_bytes", b"encoded_bytes", "kind", b"kind", "model_version", b"model_version", "packed_specs", b"packed_specs", "partial", b"partial", "raw_bytes", b"raw_bytes", "result_digest", b"result_digest", "round", b"round", "run_id", b"run_id", "specs", b"specs", "tensors", b"tensors", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
