@@ -855,6 +855,11 @@ class RunConfig(ConfigTable):
                 )
         if isinstance(self.aggregation, RobustConfig):
             problems |= {f"aggregation.{name}": text for name, text in self.aggregation.problems(self.cohort).items()}
+            if isinstance(self.training.objective, FedNovaConfig):
+                problems["training.objective"] = (
+                    "fednova scales what was combined by the mean of what the sites say of their work, and one bad site decides a "
+                    'mean; take "plain" or "fedprox", or aggregation.kind = "mean"'
+                )
         if self.evaluation.at == "none":
             for field in ("target", "patience"):
                 if getattr(self.stop, field) is not None:

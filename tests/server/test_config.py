@@ -416,6 +416,8 @@ def _default(field: FieldInfo) -> str:
          "expected at least num_byzantine / cohort.quorum = 0.3333, got 0.3; a round may close with so few updates"),
         ('cohort.quorum = 3\naggregation = { kind = "trimmed_mean", num_byzantine = 1, trim = 0.5 }', "aggregation.trim: "
          "expected more than 0, less than 0.5, got 0.5"),
+        ('cohort.quorum = 3\naggregation = { kind = "median", num_byzantine = 1 }\ntraining.objective = { kind = "fednova" }',
+         "training.objective: fednova scales what was combined by the mean of what the sites say"),
         ('uplink.kind = "zip"', 'uplink.kind: expected "auto", "raw", "cast", "uniform", "mask", "fsq", "lrq", "sign", '
          '"ternary", "topk", "randomk", "ectcq", "eden" or "powersgd", got "zip"'),
         ("uplink.bits = 3", 'uplink: has no kind; add kind = "auto", "raw"'),
