@@ -459,3 +459,21 @@ def test_configs_know_what_they_need() -> None:
     assert MedianConfig(num_byzantine=3).least_updates() == 7
     assert KrumConfig(num_byzantine=3).least_updates() == MultiKrumConfig(num_byzantine=3).least_updates() == 9
     assert GeometricMedianConfig(num_byzantine=3).weighting == "uniform"
+
+
+@pytest.mark.parametrize("num_updates", [1, 11])
+def test_no_block_is_larger_than_its_limit(
+    cohort: tuple[Desk, list[Path]], num_updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bounds the memory of every rule, whatever the cohort and the tensor."""
+    desk, paths = cohort
+    monkeypatch.setattr(stack_module, "BLOCK_VALUES", 2**12)
+    stack = stack_module.UpdateStack(desk.specs, desk.folder)
+    for path in paths[:num_updates]:
+        with PayloadReader(path) as reader:
+            stack.add(reader)
+    spec = desk.specs[0]
+    blocks = list(stack.blocks(spec))
+    assert len(blocks) > 1 or num_updates == 1
+    assert all(block.numel() <= 2**12 for _, _, block in blocks)
+    assert torch.equal(torch.cat([block for _, _, block in blocks], dim=1), stack.block(spec, 0, spec.num_elements))
