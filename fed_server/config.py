@@ -788,6 +788,18 @@ class RawDownlinkConfig(ConfigTable):
 DownlinkConfig = Annotated[LatticeDownlinkConfig | DeltaDownlinkConfig | RawDownlinkConfig, Field(discriminator="kind")]
 
 
+class AverageConfig(ConfigTable):
+    """An exponential moving average of the versions, kept beside them."""
+
+    decay: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the average that stays when a version enters it: 0.9 looks back over about 10 versions. It begins "
+        "lower, so that version 0 is soon forgotten. 0: no average is kept.",
+    )
+
+
 class KeepConfig(ConfigTable):
     """How long files live."""
 
@@ -827,6 +839,11 @@ class RunConfig(ConfigTable):
     aggregation: AggregationConfig = Field(default=MeanConfig(), description="How updates become one.")
     server_optimizer: ServerOptimizerConfig = Field(
         default=ServerSgdConfig(), description="How the combined update becomes the next model."
+    )
+    average: AverageConfig = Field(
+        default=AverageConfig(),
+        description="An exponential moving average of the versions. No client trains on it: it is for `fedctl model download "
+        '--average`, and an evaluation at the coordinator measures it too, as "average.accuracy" and so on.',
     )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="How model versions are measured.")
     stop: StopConfig = Field(default=StopConfig(), description="What ends the run before max_rounds.")

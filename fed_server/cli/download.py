@@ -23,14 +23,14 @@ from fed_server.cli.exit_codes import SettingError
 from fedstream.v1 import runs_pb2
 
 
-def model_request(run: str, version: str) -> runs_pb2.DownloadModelRequest:
-    """What to ask for: "best", "newest", or a number. Raises SettingError on anything else."""
+def model_request(run: str, version: str, *, average: bool = False) -> runs_pb2.DownloadModelRequest:
+    """What to ask for: "best", "newest", or a number, or the average up to it. Raises SettingError on anything else."""
     if version == "best":
-        return runs_pb2.DownloadModelRequest(run=run, best=True)
+        return runs_pb2.DownloadModelRequest(run=run, best=True, average=average)
     if version == "newest":
-        return runs_pb2.DownloadModelRequest(run=run, newest=True)
+        return runs_pb2.DownloadModelRequest(run=run, newest=True, average=average)
     if version.isascii() and version.isdigit() and int(version) < 2**63:
-        return runs_pb2.DownloadModelRequest(run=run, version=int(version))
+        return runs_pb2.DownloadModelRequest(run=run, version=int(version), average=average)
     raise SettingError(
         f"--version: expected best, newest or a number, got {version!r}", cure=f"`fedctl model list {run}` shows them"
     )
@@ -53,7 +53,8 @@ def download(
         _refuse_existing(file, force)
     messages = coordinator.download_model(request)
     model = next(messages).header.model
-    path = file if file is not None else Path(f"{request.run}-v{model.version}.safetensors")
+    which = "-average" if request.average else ""
+    path = file if file is not None else Path(f"{request.run}-v{model.version}{which}.safetensors")
     _refuse_existing(path, force)
     part = path.with_name(path.name + ".part")
     columns = (

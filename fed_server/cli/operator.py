@@ -425,13 +425,19 @@ def model_download(
         ),
     ] = None,
     version: Annotated[str, typer.Option("--version", help="Number of the version, or best, or newest.")] = "best",
+    average: Annotated[
+        bool,
+        typer.Option(
+            "--average", help="The moving average of the versions up to this one ([average] in the run config)."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Download a model version as a safetensors file. Prints its path."""
     from fed_server.cli.connection import Coordinator
     from fed_server.cli.download import download, model_request
 
-    request = model_request(run, version)
+    request = model_request(run, version, average=average)
     with Coordinator(connection) as coordinator:
         path = download(coordinator, request, file, force=force, console=_stderr())
     _stdout().print(str(path), highlight=False, soft_wrap=True, markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from fed_core.errors import (
 )
 from fed_core.payload.manifest import Manifest
 from fed_core.payload.reader import PayloadReader
-from fed_core.specs import fingerprint
+from fed_core.specs import TensorSpec, fingerprint
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RobustConfig, RunConfig, parse_run_config
 from fed_server.optim.state import state_specs
@@ -364,6 +364,8 @@ class Coordinator:
                 manifest = payload.manifest
                 merge_rules(manifest.specs, [(m.pattern, m.rule) for m in config.aggregation.merge])
                 _require_disk(self._facilities, manifest, config)
+                if config.average.decay > 0:
+                    _require_averageable(manifest.specs)
                 made = write(payload)
             now = self._facilities.clock.now()
             record = RunRecord(
@@ -636,12 +638,24 @@ def _why_dropped(tx: Transaction, client_id: str, assignment_id: str) -> str:
     return assignment.reason or f"the assignment is {assignment.state.value}"
 
 
+def _require_averageable(specs: Sequence[TensorSpec]) -> None:
+    """An average of half precision would stand still: what a version adds to it is less than it can hold."""
+    for spec in specs:
+        if spec.dtype in ("float16", "bfloat16"):
+            raise ConfigError(
+                f"average.decay: tensor {spec.name!r} is {spec.dtype}, which is too coarse for a moving average: delete "
+                "[average], or train in float32"
+            )
+
+
 def _require_disk(facilities: Facilities, manifest: Manifest, config: RunConfig) -> None:
     """A run needs its kept versions, the one being made, master weights, payloads, a round's updates, and what the server optimizer
     keeps, twice, at once."""
     updates = config.cohort.size * config.cohort.over_selection
     if isinstance(config.aggregation, RobustConfig):
         updates *= 2  # as they came, and decoded side by side
+    if config.average.decay > 0:  # one beside every version
+        updates += config.keep.versions + 2
     state_bytes = sum(spec.num_bytes for spec in state_specs(server_optimizer(config, 1), manifest.specs))
     needed = int(manifest.raw_bytes * (config.keep.versions + 6 + updates)) + 2 * state_bytes
     facilities.files.require_free(needed, f"run {config.name!r} (its versions and a round's updates)")

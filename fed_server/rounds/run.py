@@ -29,6 +29,7 @@ from fed_server.aggregation.normalized import Normalized
 from fed_server.aggregation.registry import new_aggregator
 from fed_server.aggregation.validate import Expected
 from fed_server.config import DeltaDownlinkConfig, FedNovaConfig, LatticeDownlinkConfig, RawDownlinkConfig, RunConfig
+from fed_server.optim.average import decay_at
 from fed_server.optim.schedule import Plateau
 from fed_server.optim.state import open_steps
 from fed_server.rounds.broadcast import WHOLE, Broadcasts
@@ -54,6 +55,7 @@ from fed_server.rounds.version import (
     VersionPaths,
     largest_values,
     next_tile,
+    write_average,
     write_encoded,
     write_whole,
 )
@@ -472,6 +474,8 @@ class LiveRun:
         model_path, master_path = files.model_path(self.run_id, version), files.master_path(self.run_id, version)
         optimizer_path = files.optimizer_path(self.run_id, version)
         optimizer_part = files.temporary(optimizer_path)
+        average_path = files.average_path(self.run_id, version)
+        average_part = files.temporary(average_path)
         parts = VersionPaths(
             master=files.temporary(master_path),
             model=files.temporary(model_path),
@@ -481,6 +485,8 @@ class LiveRun:
         try:
             with files.disk_errors(f"making version {version}"):
                 made = await workers.compute(self._make_version, aggregate, version, parts, optimizer_part)
+                if self._is_averaged:
+                    await workers.compute(self._make_average, version, parts.model, average_part)
             model = ModelRecord(
                 run_id=self.run_id,
                 version=version,
@@ -517,11 +523,12 @@ class LiveRun:
                     workers.disk(files.publish, parts.payload, files.payload_path(broadcast.digest)),
                     *([workers.disk(files.publish, parts.master, master_path)] if self._sends_deltas else []),
                     *([workers.disk(files.publish, optimizer_part, optimizer_path)] if self._keeps_state else []),
+                    *([workers.disk(files.publish, average_part, average_path)] if self._is_averaged else []),
                 )
                 failpoint("before-commit")
                 evaluators, committed = await self._commit(model, broadcast)
         finally:
-            for part in (parts.master, parts.model, parts.payload, optimizer_part):
+            for part in (parts.master, parts.model, parts.payload, optimizer_part, average_part):
                 part.unlink(missing_ok=True)
         logger.info(
             "version committed",
@@ -571,6 +578,18 @@ class LiveRun:
                 base=committed,
                 base_digest=bytes.fromhex(base.payload_digest),
             )
+
+    def _make_average(self, version: int, model_part: Path, average_part: Path) -> None:
+        """Writes the average of the versions up to one that is made but not yet published; blocks."""
+        assert self.round is not None
+        files, base = self._facilities.files, self.round.base_version
+        before = files.average_path(self.run_id, base) if base > 0 else files.model_path(self.run_id, 0)
+        with SafetensorsReader(model_part) as model, SafetensorsReader(before) as average:
+            write_average(model, average, average_part, decay=decay_at(self.config.average.decay, version))
+
+    @property
+    def _is_averaged(self) -> bool:
+        return self.config.average.decay > 0
 
     @property
     def _keeps_state(self) -> bool:
@@ -654,10 +673,15 @@ class LiveRun:
         measured = self._evaluation_metrics()
         notes = [decision.reason]
         if self._evaluates_here(version):
-            here, note = await self._evaluate_here(version)
+            files = self._facilities.files
+            here, note = await self._evaluate_here(files.model_path(self.run_id, version))
             prefix = "coordinator." if self.config.evaluation.at == "both" else ""
             measured |= {prefix + name: value for name, value in here.items()}
             notes.append(note)
+            if self._is_averaged and not note:
+                here, note = await self._evaluate_here(files.average_path(self.run_id, version))
+                measured |= {f"average.{name}": value for name, value in here.items()}
+                notes.append(note)
         await self._tick()
         async with self._moving:
             if self.record.state is not RunState.ACTIVE:
@@ -686,13 +710,12 @@ class LiveRun:
         self._surroundings.assignments_changed(dropped)
         await self._retire_versions()
 
-    async def _evaluate_here(self, version: int) -> tuple[Metrics, str]:
+    async def _evaluate_here(self, path: Path) -> tuple[Metrics, str]:
         evaluator = self._facilities.evaluators.get(self.config.workload)
         if evaluator is None:
             return {}, (
                 f"not evaluated at the coordinator: it has no workload {self.config.workload!r}; start fed-server with --workload"
             )
-        path = self._facilities.files.model_path(self.run_id, version)
         try:
             _, metrics = await asyncio.to_thread(evaluator.evaluate, path, self.config.evaluation.batch_size)
         except FedstreamError as error:

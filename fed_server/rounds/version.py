@@ -22,6 +22,7 @@ from fed_core.tensors import apply_difference, difference, torch_dtype
 from fed_server.aggregation.base import Aggregator
 from fed_server.aggregation.exact import TILE
 from fed_server.aggregation.mean import as_reals
+from fed_server.optim.average import blend
 from fed_server.optim.state import Steps
 from fedstream.v1 import common_pb2
 
@@ -191,6 +192,23 @@ def write_encoded(
         error=written.fidelity.squared_error / energy if energy > 0 else 0.0,
         gain=written.fidelity.gain,
     )
+
+
+def write_average(version: SafetensorsReader, before: SafetensorsReader, path: Path, *, decay: float) -> None:
+    """Writes the average of the versions up to this one: a model file, each tensor in its own type; integers and booleans are the
+    version's. `before` is the average so far. Memory: a few tiles."""
+    with path.open("wb+") as file:
+        writer = SafetensorsWriter(file, version.specs, {**version.metadata, "average_decay": f"{decay:g}"})
+        for spec in version.specs:
+            for first, count in _tiles(spec):
+                tile = version.read_tile(spec.name, first, count)
+                if tile.is_floating_point() or tile.is_complex():
+                    values = as_reals(tile)
+                    average = as_reals(before.read_tile(spec.name, first, count))
+                    blended = blend(average.to(torch.float64), values.to(torch.float64), decay).to(values.dtype)
+                    tile = torch.view_as_complex(blended.reshape(-1, 2)) if tile.is_complex() else blended
+                writer.write_tile(spec.name, first, tile)
+        writer.finish()
 
 
 @dataclass(frozen=True)

@@ -172,14 +172,21 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         """See the proto."""
         record = await self._coordinator.find_run(request.run)
         model = await self._find_model(record, request)
+        place = self._files.average_path if request.average else self._files.model_path
         try:
-            path = self._files.model_path(record.run_id, model.version)
+            path = place(record.run_id, model.version)
             file = await self._workers.disk(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
+            if request.average:
+                raise NotFoundError(
+                    f"there is no average at version {model.version} of run {record.name}: a run keeps one from version 1 on if "
+                    "its config sets average.decay"
+                ) from None
             raise NotFoundError(f"the file of version {model.version} is no longer kept") from None
         try:
-            header = runs_pb2.DownloadModelHeader(model=model_to_proto(model, record.best_version))
-            yield runs_pb2.DownloadModelResponse(header=header)
+            version = model_to_proto(model, record.best_version)
+            version.file_bytes = os.fstat(file).st_size
+            yield runs_pb2.DownloadModelResponse(header=runs_pb2.DownloadModelHeader(model=version))
             offset = 0
             while data := await self._workers.disk(os.pread, file, CHUNK_BYTES, offset):
                 chunk = transfer_pb2.Chunk(offset=offset, data=data)

@@ -6,6 +6,7 @@
     uploads/<assignment_id>.part         an update on its way; its first bytes name the digest it must have
     updates/<assignment_id>.update       an update, whole and verified
     models/<run_id>/<version>.safetensors     a version as every client has it
+    models/<run_id>/<version>.average.safetensors     the moving average of the versions up to it, where one is kept
     masters/<run_id>/<version>.safetensors    what the version would be had nothing been left out of its delta
     masters/<run_id>/<version>.optimizer.safetensors     what the server optimizer keeps of the rounds up to it
     payloads/<digest>.payload            what is broadcast: versions and deltas
@@ -99,6 +100,10 @@ class DataDirectory:
         """Where a model version lies as safetensors."""
         return self.root / "models" / _checked(run_id) / f"{version}.safetensors"
 
+    def average_path(self, run_id: str, version: int) -> Path:
+        """Where the average of the versions up to this one lies, as long as the version itself."""
+        return self.root / "models" / _checked(run_id) / f"{version}.average.safetensors"
+
     def master_path(self, run_id: str, version: int) -> Path:
         """Where the master weights of a version lie."""
         return self.root / "masters" / _checked(run_id) / f"{version}.safetensors"
@@ -191,7 +196,7 @@ class DataDirectory:
         live = {self.upload_path(assignment_id) for assignment_id in live_uploads}
         live |= {self.update_path(assignment_id) for assignment_id in {*live_updates, *live_uploads}}
         live |= {self.payload_path(digest) for digest in live_payloads}
-        live |= {self.model_path(run_id, version) for run_id, version in live_models}
+        live |= {path(*model) for model in live_models for path in (self.model_path, self.average_path)}
         live |= {path(*master) for master in live_masters for path in (self.master_path, self.optimizer_path)}
         orphans = [path for path in (self.listing() if listed is None else listed) if path not in live]
         unfinished = (path for folder in _FOLDERS for path in (self.root / folder).rglob(".*.tmp"))

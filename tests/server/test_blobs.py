@@ -117,7 +117,7 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
 def test_an_id_that_could_lead_elsewhere_is_refused(data: DataDirectory, name: str) -> None:
     of_runs = [
         lambda run_id, of_run=of_run: of_run(run_id, 0)
-        for of_run in (data.model_path, data.master_path, data.optimizer_path)
+        for of_run in (data.model_path, data.average_path, data.master_path, data.optimizer_path)
     ]
     for place in (data.upload_path, data.update_path, data.payload_path, *of_runs):
         with pytest.raises(InvalidError, match="is not an id"):
@@ -130,6 +130,7 @@ def test_every_kind_of_file_has_its_place(data: DataDirectory) -> None:
         data.upload_path("a1"),
         data.update_path("a1"),
         data.model_path("r1", 3),
+        data.average_path("r1", 3),
         data.master_path("r1", 3),
         data.optimizer_path("r1", 3),
         data.payload_path("ab" * 32),
@@ -139,6 +140,7 @@ def test_every_kind_of_file_has_its_place(data: DataDirectory) -> None:
         "uploads/a1.part",
         "updates/a1.update",
         "models/r1/3.safetensors",
+        "models/r1/3.average.safetensors",
         "masters/r1/3.safetensors",
         "masters/r1/3.optimizer.safetensors",
         f"payloads/{'ab' * 32}.payload",
@@ -213,6 +215,7 @@ def test_a_sweep_deletes_what_nobody_needs_and_nothing_else(data: DataDirectory)
         data.upload_path("p1"),
         data.payload_path("aa"),
         data.model_path("r1", 1),
+        data.average_path("r1", 1),
         data.master_path("r1", 2),
         data.optimizer_path("r1", 2),
     ]
@@ -221,6 +224,7 @@ def test_a_sweep_deletes_what_nobody_needs_and_nothing_else(data: DataDirectory)
         data.upload_path("p2"),
         data.payload_path("bb"),
         data.model_path("r1", 0),
+        data.average_path("r1", 0),
         data.model_path("r2", 0),
         data.master_path("r1", 1),
         data.master_path("r2", 0),

@@ -57,6 +57,7 @@ schedule = { max_rounds = 3, deadline_seconds = 12.5, time_budget_seconds = 1e-0
 evaluation = { at = "both", every = 2, metric = "f1_score", direction = "min", deadline_seconds = 3, batch_size = 8 }
 stop = { target = -0.25, patience = 4, max_seconds = 1e7 }
 keep = { versions = 9 }
+average = { decay = 0.9 }
 
 [training]
 local_work = { kind = "epochs", epochs = 2 }

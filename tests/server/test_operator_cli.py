@@ -382,6 +382,18 @@ async def test_ctrl_c_ends_the_watching_and_not_the_run(house: House, fedctl: Fe
 # Downloading
 
 
+async def test_an_average_is_named_as_what_it_is(house: House, fedctl: Fedctl) -> None:
+    assert (await fedctl.submit(config(size=1, extra="[average]\ndecay = 0.5\n"))).code == 0
+    answer = await fedctl("model", "download", "test", "--average", "--version", "0")
+    assert answer.code != 0
+    assert "average.decay" in answer.err
+    await off_loop(work, await off_loop(house.client, "turku"))
+    await off_loop(house.operator.wait)
+    answer = await fedctl("model", "download", "test", "--average", "--version", "newest")
+    assert (answer.code, answer.out) == (0, "test-v1-average.safetensors\n")
+    assert (fedctl.folder / "test-v1-average.safetensors").exists()
+
+
 async def test_a_file_is_replaced_only_by_force(house: House, fedctl: Fedctl) -> None:
     assert (await fedctl.submit(config())).code == 0
     answer = await fedctl("model", "download", "test")

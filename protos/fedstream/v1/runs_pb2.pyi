@@ -1147,6 +1147,7 @@ class DownloadModelRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
     NEWEST_FIELD_NUMBER: _builtins.int
+    AVERAGE_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Run, by id or name."""
     version: _builtins.int
@@ -1155,6 +1156,8 @@ class DownloadModelRequest(_message.Message):
     """The best by the watched metric; the newest where nothing was measured. Must be true."""
     newest: _builtins.bool
     """The newest. Must be true."""
+    average: _builtins.bool
+    """Send the moving average of the versions up to this one instead. Errors: NOT_FOUND (the run keeps none)."""
     def __init__(
         self,
         *,
@@ -1162,10 +1165,11 @@ class DownloadModelRequest(_message.Message):
         version: _builtins.int = ...,
         best: _builtins.bool = ...,
         newest: _builtins.bool = ...,
+        average: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "newest", b"newest", "version", b"version", "which", b"which"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "newest", b"newest", "run", b"run", "version", b"version", "which", b"which"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average", b"average", "best", b"best", "newest", b"newest", "run", b"run", "version", b"version", "which", b"which"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_which: _TypeAlias = _typing.Literal["version", "best", "newest"]  # noqa: Y015
     _WhichOneofArgType_which: _TypeAlias = _typing.Literal["which", b"which"]  # noqa: Y015
@@ -1182,7 +1186,7 @@ class DownloadModelHeader(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelVersion:
-        """The version being sent."""
+        """The version being sent; file_bytes is the length of what follows."""
 
     def __init__(
         self,
