@@ -187,9 +187,12 @@ class _Ways:
                     cost = analysis.cost(step)
                     ranking.append((lagrangian(cost, step), index, cost))
         ranking.sort()
-        for value, index, _ in ranking:
+        for value, index, cost in ranking:
             if not isinstance(self._analyses[index], _Fixed):
-                self._rivals[index].note(step, value, ranking[0][0])
+                # A gain that is matched where next to nothing is left of a tensor makes any error, which tells nothing of finer
+                # steps.
+                is_telling = cost.squared_error <= 1.01 * self.energy
+                self._rivals[index].note(step, value if is_telling else ranking[0][0], ranking[0][0])
         return [(cost, self._analyses[index]) for _, index, cost in ranking]
 
 

@@ -262,6 +262,22 @@ def test_a_codec_that_cannot_go_so_fine_gives_way_to_raw() -> None:
     assert plan_curves([Curve(5000, 1.0, finest=0.5)], Aim(1e-6)) == [None]
 
 
+class Overshooting(Curve):
+    """Matched where next to nothing is left: any error at all at a coarse step, an ideal one at finer ones."""
+
+    def cost(self, step: float) -> Cost:
+        ideal = super().cost(step)
+        if ideal.squared_error < 0.6 * self.num_coordinates * self.variance:
+            return ideal
+        return Cost(ideal.bits, 1e9 * ideal.squared_error)
+
+
+def test_a_code_that_overshot_at_a_coarse_step_is_looked_at_again_at_finer_ones() -> None:
+    """The second tensor drags the common step down from where the first one's code is of no use."""
+    curves = [Overshooting(5000, 1.0), Curve(20_000, 1.0)]
+    assert all(step is not None for step in plan_curves(curves, Aim(0.36)))
+
+
 RISING: dict[str, Callable[[float], float]] = {
     "square": lambda x: x * x,
     "root": math.sqrt,
