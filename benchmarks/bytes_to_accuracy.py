@@ -606,7 +606,24 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     from matplotlib import pyplot
 
     # Okabe and Ito's colours, which people with colour blindness can tell apart.
-    colors = dict(zip(ROWS, ("#000000", "#999999", "#56B4E9", "#0072B2", "#E69F00", "#009E73", "#D55E00"), strict=True))
+    colors = dict(
+        zip(
+            ROWS,
+            (
+                "#000000",
+                "#999999",
+                "#56B4E9",
+                "#0072B2",
+                "#E69F00",
+                "#009E73",
+                "#D55E00",
+                "#CC79A7",
+                "#F0E442",
+                "#555555",
+            ),
+            strict=True,
+        )
+    )
     splits = [split for split in TARGETS if any(run.split == split and run.participation == 0.1 for run in runs)]
     with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure, all_axes = pyplot.subplots(
