@@ -621,7 +621,7 @@ class LiveRun:
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
         if is_last_phase:
-            record = self._measured(record, committed)
+            record, committed = self._measured(record, committed)
         await self._write(record, committed, evaluators, [model], [broadcast])
         self._folding.end()
         self.assignments |= {a.assignment_id: a for a in evaluators}
@@ -632,20 +632,25 @@ class LiveRun:
             self._end_round()
         return evaluators, committed
 
-    def _measured(self, record: RunRecord, round: RoundRecord) -> RunRecord:
-        """The run after a round that has all its metrics, as the plateau schedule sees it."""
+    def _measured(self, record: RunRecord, round: RoundRecord) -> tuple[RunRecord, RoundRecord]:
+        """Both after a round that has all its metrics, as a plateau schedule sees it; that the learning rate falls is in the
+        round's reason."""
         plateau = plateau_after(self.config, self._plateau, round.round, round.metrics)
         if plateau.factor < record.plateau_factor:
+            rate = learning_rate(self.config, round.round + 1, plateau)
+            note = f"no gain on {plateau.best}, so the learning rate falls to {rate:g}"
+            round = replace(round, reason=f"{round.reason}; {note}")
             logger.info(
                 "learning rate falls",
-                extra={"run": record.name, "round": round.round, "factor": plateau.factor, "best": plateau.best},
+                extra={"run": record.name, "round": round.round, "learning_rate": rate, "best": plateau.best},
             )
-        return replace(
+        after = replace(
             record,
             plateau_factor=plateau.factor,
             plateau_best=plateau.best,
             plateau_num_without_gain=plateau.num_without_gain,
         )
+        return after, round
 
     def _new_evaluations(self, round: RoundRecord, version: int) -> list[AssignmentRecord]:
         """Evaluation assignments for those of the round's cohort who are there."""
@@ -699,7 +704,7 @@ class LiveRun:
             record = replace(
                 self.record, best_version=best.version, best_metric=best.metric, num_without_gain=best.num_without_gain
             )
-            record = self._measured(record, finished)
+            record, finished = self._measured(record, finished)
             dropped = self._dropped(f"evaluation of version {version} is over: {decision.reason}")
             await self._write(record, finished, dropped, [model])
             self.models[version] = model

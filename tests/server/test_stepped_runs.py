@@ -172,6 +172,12 @@ async def test_a_plateau_of_evaluations_falls_when_they_are_over(house: House) -
         await off_loop(client.report_evaluation, evaluation.assignment_id, 10, accuracy=accuracy)
     assert rates == [0.1, 0.1, 0.05]
     await off_loop(house.operator.wait)
+    reasons = [round.reason for round in (await off_loop(house.operator.report)).rounds]
+    assert [reason.endswith("; no gain on 0.5, so the learning rate falls to 0.05") for reason in reasons] == [
+        False,
+        True,
+        False,
+    ]
 
 
 async def test_the_disk_must_hold_what_the_optimizer_keeps(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

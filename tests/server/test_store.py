@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata, produce_migrations, render_python_code
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql
@@ -409,6 +411,28 @@ def test_the_migrations_make_the_schema_that_the_records_need(database: Path) ->
 
 def test_the_head_that_is_known_without_alembic_is_the_head() -> None:
     assert ScriptDirectory(str(Path(migrations.__file__).parent)).get_current_head() == migrations.HEAD
+
+
+@pytest.mark.parametrize("before", ["0001", "0002"])
+def test_a_run_of_an_earlier_fedstream_is_read_with_the_defaults_of_what_is_new(database: Path, before: str) -> None:
+    engine = sa.create_engine(f"sqlite:///{database}", poolclass=sa.NullPool)
+    settings = Config()
+    settings.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with engine.begin() as connection:
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, before)
+        known = {column["name"] for column in sa.inspect(connection).get_columns("runs")}
+        row = {name: value for name, value in vars(RUN).items() if name in known} | {"state": RUN.state.value}
+        names = ", ".join(row)
+        connection.execute(sa.text(f"INSERT INTO runs ({names}) VALUES ({', '.join(f':{name}' for name in row)})"), row)
+    store = SqlStore(f"sqlite:///{database}")
+    with store.transaction() as tx:
+        found = tx.run("r1")
+        assert found is not None
+        tx.put(found)
+    store.close()
+    new = {field.name: field.default for field in fields(RunRecord) if field.name not in known}
+    assert found == replace(RUN, **new)
 
 
 def test_an_up_to_date_database_is_opened_without_alembic(database: Path) -> None:
