@@ -354,9 +354,7 @@ async def test_a_value_that_is_not_finite_is_refused_with_its_tensor(trial: Tria
 
 
 async def test_a_value_over_the_bound_is_refused_with_the_bound_and_the_cure(trial: Trial) -> None:
-    with pytest.raises(
-        UpdateRefusedError, match=r"holds 4\.75, over this round's bound of 4; lower the learning rate"
-    ):
+    with pytest.raises(UpdateRefusedError, match=r"holds 4\.75, over this round's bound of 4; lower the learning rate"):
         await trial.send(trial.encode(4.75))
     await trial.is_unharmed(-0.5)
 
