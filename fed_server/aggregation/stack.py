@@ -48,15 +48,18 @@ class UpdateStack:
             self._offsets[spec.name] = self._row_bytes
             self._row_bytes += spec.num_bytes
         self._digests: list[bytes] = []
-        self._file = _nameless_file(folder)
-        # Not by hand: a thread may still write for a round that has been given up, and the number must not become another file's.
-        weakref.finalize(self, os.close, self._file)
+        self._folder = folder
+        self._file = -1
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def add(self, update: PayloadReader) -> None:
         """Decodes one update. Raises NotFiniteError naming a tensor that holds NaN or infinity."""
+        if self._file < 0:
+            self._file = _nameless_file(self._folder)
+            # Not by hand: a thread may still write for a round that was given up, and the number must not become another file's.
+            weakref.finalize(self, os.close, self._file)
         start = len(self) * self._row_bytes
         hasher = blake3()
         for name, spec in self._specs.items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -477,3 +479,25 @@ def test_no_block_is_larger_than_its_limit(
     assert len(blocks) > 1 or num_updates == 1
     assert all(block.numel() <= 2**12 for _, _, block in blocks)
     assert torch.equal(torch.cat([block for _, _, block in blocks], dim=1), stack.block(spec, 0, spec.num_elements))
+
+
+def open_stacks(folder: Path) -> int:
+    """Files of stacks that this process holds open."""
+    links = []
+    for each in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own
+            links.append(os.readlink(f"/proc/self/fd/{each}"))
+    return sum(link.startswith(str(folder / ".stack.")) for link in links)
+
+
+def test_a_stack_that_nobody_needs_any_longer_leaves_no_file(tmp_path: Path) -> None:
+    specs = specs_of({"w": torch.ones(3)})
+    path = written(tmp_path / "update", {"w": torch.ones(3)}, RawConfig())
+    stack = stack_module.UpdateStack(specs, tmp_path)
+    assert open_stacks(tmp_path) == 0
+    with PayloadReader(path) as reader:
+        stack.add(reader)
+    assert [each.name for each in tmp_path.iterdir()] == ["update"]
+    assert open_stacks(tmp_path) == 1
+    del stack
+    assert open_stacks(tmp_path) == 0
