@@ -11,6 +11,7 @@ from fed_server.config import (
     ObjectiveConfig,
     PlainObjectiveConfig,
     PlateauScheduleConfig,
+    RobustConfig,
     RunConfig,
 )
 from fed_server.optim.base import ServerOptimizer
@@ -73,7 +74,8 @@ def plateau_after(config: RunConfig, plateau: Plateau, round: int, metrics: Metr
 def uplink_encoding(config: RunConfig) -> EncodingConfig:
     """How the clients of a round encode their updates: as the config says, with an eye on how many there are."""
     if isinstance(config.uplink, AutoConfig):
-        return config.uplink.for_cohort(config.cohort.size)
+        # Only a mean averages out what its updates lose.
+        return config.uplink.for_cohort(1 if isinstance(config.aggregation, RobustConfig) else config.cohort.size)
     return config.uplink
 
 
