@@ -67,7 +67,7 @@ ROWS: Final[dict[str, str]] = {
     "lrq": '[uplink]\nkind = "lrq"\n',
     "auto": "",
     "sign": '[uplink]\nkind = "sign"\n',
-    "topk 1 %": '[uplink]\nkind = "topk"\n',
+    "topk 5 %": '[uplink]\nkind = "topk"\n',
     "eden 2": '[uplink]\nkind = "eden"\nbits = 2\n',
 }
 MAIN_ROWS: Final = ("raw", "auto")
