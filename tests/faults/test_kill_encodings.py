@@ -60,6 +60,18 @@ CASES = {
         ("mid-upload:2", "before-commit"),
         "client-mid-upload:2",
     ),
+    "eden": Case(
+        '{ kind = "eden", bits = 4 }', '{ kind = "lattice" }', ("mid-fold:2", "before-commit"), "client-spooled"
+    ),
+    "ectcq": Case(
+        f'{{ kind = "ectcq", {FINE} }}',
+        '{ kind = "delta", encoding = { kind = "ectcq" } }',
+        ("mid-upload:2", "after-commit"),
+        "client-assembled",
+    ),
+    "powersgd": Case(
+        '{ kind = "powersgd", rank = 8 }', '{ kind = "lattice" }', ("update-durable", "mid-fold"), "client-mid-download"
+    ),
     "auto": Case(
         f'{{ kind = "auto", {FINE} }}', '{ kind = "delta" }', ("update-durable", "before-commit"), "client-mid-download"
     ),
