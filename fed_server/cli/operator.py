@@ -332,7 +332,10 @@ def _watch(connection: Connection, run: str, as_json: bool) -> None:
         _talk(
             f"stopped watching; the run goes on. Watch it again: fedctl run watch {run}. End it: fedctl run cancel {run}"
         )
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A thread is still within gRPC, and an interpreter that ends around it may wait for ever.
+        os._exit(EXIT_INTERRUPTED)
     if not has_finished:
         raise SystemExit(EXIT_RUN_FAILED)
 
