@@ -358,8 +358,10 @@ async def test_watching_outlives_a_restart_of_the_coordinator(tmp_path: Path, fe
 
 async def test_ctrl_c_ends_the_watching_and_not_the_run(house: House, fedctl: Fedctl) -> None:
     assert (await fedctl.submit(config())).code == 0
+    # A job in the background ignores SIGINT, and so do its children, unless they say otherwise.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from fed_server.cli.operator import main; main()"),
+        *(sys.executable, "-c", f"{heeding}; from fed_server.cli.operator import main; main()"),
         *("--data-dir", str(fedctl.data_dir), "run", "watch", "test"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
