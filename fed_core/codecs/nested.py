@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fed_core.codecs.base import Codec, TensorDecoder, TensorPlan, TileSource
+from fed_core.codecs.blocks import BlockLength
 from fed_core.codecs.cast import CastCodec, CastConfig
 from fed_core.codecs.config import CodecTable
 from fed_core.codecs.entropy import ByteReader, Coder
@@ -26,7 +27,7 @@ from fed_core.codecs.fsq import MAX_BODY as MAX_FSQ_BODY
 from fed_core.codecs.fsq import FsqCodec, FsqConfig
 from fed_core.codecs.positions import max_position_bytes
 from fed_core.codecs.raw import RawCodec, RawConfig
-from fed_core.codecs.uniform import MAX_BITS, MIN_BITS, BlockLength, Rounding, UniformCodec, UniformConfig
+from fed_core.codecs.uniform import MAX_BITS, MIN_BITS, Rounding, UniformCodec, UniformConfig
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_BYTES, MAX_BODY_COORDINATES
 from fed_core.specs import PARAMETER, TensorSpec

@@ -8,8 +8,8 @@ make it 1 (|x|^2 / |x|_1, as in DRIVE, Vargaftik et al. 2021) leave 0.571 and ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Final, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +18,20 @@ from pydantic import Field
 from torch import Tensor
 
 from fed_core.codecs.base import TensorPlan, TileSource
+from fed_core.codecs.blocks import (
+    LEAST_SCALE,
+    MAX_LOG_BLOCK,
+    MIN_LOG_BLOCK,
+    BlockLength,
+    read_scales,
+    split_blocks,
+)
 from fed_core.codecs.config import FeedbackTable
 from fed_core.codecs.floating import TILE, check_lossy, narrow
 from fed_core.codecs.sparsity import plan_parameters
-from fed_core.codecs.uniform import BlockLength
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_COORDINATES
 from fed_core.specs import TensorSpec
-
-_MIN_LOG_BLOCK: Final = 5
-_MAX_LOG_BLOCK: Final = 16
-# The upper half of a float32: sign 0, exponent, 7 bits of mantissa.
-_LEAST_SCALE: Final = 0x0080  # 2^-126: what is smaller counts as zero
-_INFINITE_SCALE: Final = 0x7F80
 
 
 class SignCodec:
@@ -46,7 +47,7 @@ class SignCodec:
     def body_bytes(self, spec: TensorSpec, num_coordinates: int) -> tuple[int, int]:
         """A bit a coordinate, and from the fewest scales to the most."""
         check_lossy(self.kind, spec)
-        least, most = (_sign_bytes(num_coordinates, 2**log) for log in (_MAX_LOG_BLOCK, _MIN_LOG_BLOCK))
+        least, most = (_sign_bytes(num_coordinates, 2**log) for log in (MAX_LOG_BLOCK, MIN_LOG_BLOCK))
         return least, most
 
     def decoder(self, spec: TensorSpec, head: bytes | memoryview | None) -> _SignDecoder:
@@ -106,7 +107,7 @@ def write_signs(name: str, values: Tensor, block: int) -> memoryview:
     signs = body[1 + 2 * num_blocks :]
     for start in range(0, len(values), TILE):
         tile = narrow(name, values[start : start + TILE], torch.float32)
-        for part, result in _blocks(tile.abs(), block, means[start // block :]):
+        for part, result in split_blocks(tile.abs(), block, means[start // block :]):
             torch.mean(part, 1, keepdim=True, dtype=torch.float64, out=result)
         packed = np.packbits(tile.numpy() < 0, bitorder="little")
         signs[start // 8 : start // 8 + len(packed)] = packed
@@ -125,7 +126,7 @@ def read_signs(data: bytes | memoryview, out: Tensor) -> None:
         bits += np.uint8(1)
         values = tile if scratch is None else scratch[: len(tile)]
         values.copy_(torch.from_numpy(bits.view(np.int8)))
-        for part, scale in _blocks(values, block, scales[start // block :]):
+        for part, scale in split_blocks(values, block, scales[start // block :]):
             part.mul_(scale)
         if values is not tile:
             tile.copy_(values)
@@ -133,7 +134,7 @@ def read_signs(data: bytes | memoryview, out: Tensor) -> None:
 
 def max_sign_bytes(num_values: int) -> int:
     """The most bytes that `write_signs` makes of so many values."""
-    return _sign_bytes(num_values, 2**_MIN_LOG_BLOCK)
+    return _sign_bytes(num_values, 2**MIN_LOG_BLOCK)
 
 
 def _sign_bytes(num_coordinates: int, block: int) -> int:
@@ -148,33 +149,21 @@ class _Signs(NamedTuple):
 
 def _read(data: bytes | memoryview, num_coordinates: int) -> _Signs:
     log_block = data[0] if len(data) else 0
-    if not _MIN_LOG_BLOCK <= log_block <= _MAX_LOG_BLOCK:
-        raise PayloadError(f"signs in blocks of 2^{log_block}; expected 2^{_MIN_LOG_BLOCK} to 2^{_MAX_LOG_BLOCK}")
+    if not MIN_LOG_BLOCK <= log_block <= MAX_LOG_BLOCK:
+        raise PayloadError(f"signs in blocks of 2^{log_block}; expected 2^{MIN_LOG_BLOCK} to 2^{MAX_LOG_BLOCK}")
     expected = _sign_bytes(num_coordinates, 2**log_block)
     if len(data) != expected:
         raise PayloadError(f"signs and scales of {len(data)} bytes; expected {expected}")
     num_blocks = -(-num_coordinates // 2**log_block)
-    scales = np.frombuffer(data, np.uint8, 2 * num_blocks, 1).view(np.uint16)
-    is_good = (scales == 0) | (scales >= _LEAST_SCALE) & (scales < _INFINITE_SCALE)
-    if not is_good.all():
-        raise PayloadError(f"the scale {scales[~is_good][0]:#06x}; expected 0, or {_LEAST_SCALE:#06x} to 0x7f7f")
+    scales = read_scales(data, num_blocks, 1)
     if num_coordinates % 8 and data[-1] >> num_coordinates % 8:
         raise PayloadError("the last byte of the signs is not filled with zeros")
     packed = np.frombuffer(data, np.uint8, offset=1 + 2 * num_blocks)
-    return _Signs(2**log_block, torch.from_numpy((scales.astype(np.uint32) << 16).view(np.float32)), packed)
+    return _Signs(2**log_block, scales, packed)
 
 
 def _to_scales(means: Tensor, dtype: torch.dtype) -> NDArray[np.uint16]:
     """Rounded to the upper halves of float32, at most the largest that is finite in the type."""
     ceiling = np.float32(min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)).view(np.uint32) >> np.uint32(16)
     halves = np.minimum((means.float().numpy().view(np.uint32) + 0x8000) >> 16, ceiling)
-    return np.where(halves < _LEAST_SCALE, 0, halves).astype(np.uint16)
-
-
-def _blocks(values: Tensor, block: int, of_blocks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The whole blocks as a matrix, and the last one that is shorter, each with the column that belongs to it."""
-    num_whole = len(values) // block
-    if num_whole:
-        yield values[: num_whole * block].view(num_whole, block), of_blocks[:num_whole, None]
-    if len(values) % block:
-        yield values[num_whole * block :].view(1, -1), of_blocks[num_whole : num_whole + 1, None]
+    return np.where(halves < LEAST_SCALE, 0, halves).astype(np.uint16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +12,15 @@ from pydantic import Field
 from torch import Tensor
 
 from fed_core.codecs.base import TensorPlan, TileSource
+from fed_core.codecs.blocks import (
+    LEAST_SCALE,
+    MAX_LOG_BLOCK,
+    MIN_LOG_BLOCK,
+    BlockLength,
+    read_scales,
+    scales_as_floats,
+    split_blocks,
+)
 from fed_core.codecs.config import FeedbackTable
 from fed_core.codecs.dither import dither, dither_key
 from fed_core.codecs.floating import TILE, check_lossy, is_lossy, narrow
@@ -22,16 +31,10 @@ from fed_core.specs import TensorSpec
 from fed_core.tensors import torch_dtype
 
 Rounding = Literal["nearest", "stochastic"]
-BlockLength = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
 
 MIN_BITS: Final = 2
 MAX_BITS: Final = 8
-_MIN_LOG_BLOCK: Final = 5
-_MAX_LOG_BLOCK: Final = 16
 _HEADER_BYTES: Final = 2
-# The upper half of a float32: sign 0, exponent, 7 bits of mantissa.
-_LEAST_SCALE: Final = 0x0080  # 2^-126: no product is denormal, and no machine's way of flushing those matters
-_INFINITE_SCALE: Final = 0x7F80
 # The fields that make up an integer of so many bits, lowest first; each is packed by itself, several to a byte.
 _FIELDS: Final = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
@@ -52,8 +55,8 @@ class UniformCodec:
     def body_bytes(self, spec: TensorSpec, num_coordinates: int) -> tuple[int, int]:
         """From 2 bits in the longest blocks to the most that any bits cost in the shortest: for a few coordinates, not 8."""
         check_lossy(self.kind, spec)
-        least = _body_bytes(num_coordinates, MIN_BITS, 2**_MAX_LOG_BLOCK)
-        most = max(_body_bytes(num_coordinates, bits, 2**_MIN_LOG_BLOCK) for bits in _FIELDS)
+        least = _body_bytes(num_coordinates, MIN_BITS, 2**MAX_LOG_BLOCK)
+        most = max(_body_bytes(num_coordinates, bits, 2**MIN_LOG_BLOCK) for bits in _FIELDS)
         return least, min(most, MAX_BODY_BYTES)
 
     def decoder(self, spec: TensorSpec, head: bytes | memoryview | None) -> _UniformDecoder:
@@ -76,7 +79,7 @@ class _UniformDecoder:
             packed = packed[size:]
             values = tile if scratch is None else scratch[: len(tile)]
             values.copy_(integers[: len(tile)])
-            for part, scale in _blocks(values, block, scales[start // block :]):
+            for part, scale in split_blocks(values, block, scales[start // block :]):
                 part.mul_(scale)
             if values is not tile:
                 tile.copy_(values)
@@ -114,13 +117,13 @@ def uniform_plan(
         packed = body[_HEADER_BYTES + scales.nbytes :]
         body[_HEADER_BYTES : -len(packed)] = scales.view(np.uint8)
         # A block of zeros has the scale 0; any other number divides it as well.
-        divisors = _as_floats(np.maximum(scales, _LEAST_SCALE))
+        divisors = scales_as_floats(np.maximum(scales, LEAST_SCALE))
         scratch = torch.empty(min(TILE, len(tile)))
         integers = torch.empty(len(scratch), dtype=torch.int8)
         for start in range(0, len(tile), TILE):
             values = tile[start : start + TILE]
             multiples = scratch[: len(values)].copy_(values)
-            for part, divisor in _blocks(multiples, block, divisors[start // block :]):
+            for part, divisor in split_blocks(multiples, block, divisors[start // block :]):
                 part.div_(divisor)
             if rounding == "stochastic":
                 multiples.add_(dither(key, first + start, len(values))).floor_()
@@ -194,31 +197,15 @@ def _read_body(body: bytes | memoryview, num_coordinates: int) -> _Body:
     bits, log_block = body[0], body[1]
     if bits not in _FIELDS:
         raise PayloadError(f"a uniform body of {bits} bits; expected {MIN_BITS} to {MAX_BITS}")
-    if not _MIN_LOG_BLOCK <= log_block <= _MAX_LOG_BLOCK:
-        raise PayloadError(f"blocks of 2^{log_block} coordinates; expected 2^{_MIN_LOG_BLOCK} to 2^{_MAX_LOG_BLOCK}")
+    if not MIN_LOG_BLOCK <= log_block <= MAX_LOG_BLOCK:
+        raise PayloadError(f"blocks of 2^{log_block} coordinates; expected 2^{MIN_LOG_BLOCK} to 2^{MAX_LOG_BLOCK}")
     expected = _body_bytes(num_coordinates, bits, 2**log_block)
     if len(body) != expected:
         raise PayloadError(f"a uniform body of {len(body)} bytes; expected {expected}")
     num_blocks = -(-num_coordinates // 2**log_block)
-    scales = np.frombuffer(body, np.uint16, num_blocks, _HEADER_BYTES)
-    is_good = (scales == 0) | (scales >= _LEAST_SCALE) & (scales < _INFINITE_SCALE)
-    if not is_good.all():
-        raise PayloadError(f"the scale {scales[~is_good][0]:#06x}; expected 0, or {_LEAST_SCALE:#06x} to 0x7f7f")
+    scales = read_scales(body, num_blocks, _HEADER_BYTES)
     packed = np.frombuffer(body, np.uint8, offset=_HEADER_BYTES + 2 * num_blocks)
-    return _Body(bits, 2**log_block, _as_floats(scales), packed)
-
-
-def _as_floats(scales: NDArray[np.uint16]) -> Tensor:
-    return torch.from_numpy((scales.astype(np.uint32) << 16).view(np.float32))
-
-
-def _blocks(values: Tensor, block: int, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The whole blocks as a matrix, and the last one that is shorter, each with a column of its scales."""
-    num_whole = len(values) // block
-    if num_whole:
-        yield values[: num_whole * block].view(num_whole, block), scales[:num_whole, None]
-    if len(values) % block:
-        yield values[num_whole * block :].view(1, -1), scales[num_whole : num_whole + 1, None]
+    return _Body(bits, 2**log_block, scales, packed)
 
 
 def _largest_of_blocks(name: str, tile: Tensor, block: int) -> NDArray[np.float32]:
@@ -227,7 +214,7 @@ def _largest_of_blocks(name: str, tile: Tensor, block: int) -> NDArray[np.float3
     for start in range(0, len(tile), TILE):
         values = narrow(name, tile[start : start + TILE], torch.float32)
         mine = largest[start // block :]
-        for part, result in _blocks(values, block, mine):
+        for part, result in split_blocks(values, block, mine):
             torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True), out=result)
     return largest.numpy()
 
@@ -235,7 +222,7 @@ def _largest_of_blocks(name: str, tile: Tensor, block: int) -> NDArray[np.float3
 def _choose_scales(largest: NDArray[np.float32], levels: int, ceiling: float) -> NDArray[np.uint16]:
     """The upper halves of the smallest scales that reach the largest values in `levels` steps, and stay below the ceiling there."""
     halves = ((largest / np.float32(levels)).view(np.uint32) + 0xFFFF) >> 16
-    halves = np.where(largest > 0, np.maximum(halves, _LEAST_SCALE), 0)
+    halves = np.where(largest > 0, np.maximum(halves, LEAST_SCALE), 0)
     is_beyond = (halves << 16).view(np.float32).astype(np.float64) * levels > ceiling
     return (halves - is_beyond).astype(np.uint16)
 
