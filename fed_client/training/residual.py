@@ -30,11 +30,11 @@ from typing import BinaryIO, Final, Self
 from torch import Tensor
 
 from fed_client.durable import publish
-from fed_core.codecs.floating import is_lossy
+from fed_core.codecs.floating import is_lossy_parameter
 from fed_core.errors import PayloadError
 from fed_core.payload.writer import OnDecoded, Written
 from fed_core.safetensors_tiles import SafetensorsReader, SafetensorsWriter, tensors_digest
-from fed_core.specs import PARAMETER, TensorSpec, explain_difference
+from fed_core.specs import TensorSpec, explain_difference
 from fed_core.tensors import apply_difference, difference
 
 RESIDUAL: Final = "residual"
@@ -45,7 +45,7 @@ Update = list[tuple[TensorSpec, Tensor]]
 
 def has_residual(spec: TensorSpec) -> bool:
     """Whether what an encoding loses of this tensor is carried over."""
-    return spec.role == PARAMETER and is_lossy(spec)
+    return is_lossy_parameter(spec)
 
 
 def add_residual(update: Update, path: Path, digest: str) -> str:

@@ -35,7 +35,7 @@ from fed_core.codecs.entropy import (
     varint,
     write_table,
 )
-from fed_core.codecs.floating import TILE, check_lossy
+from fed_core.codecs.floating import TILE, check_lossy, mantissa_exponent
 from fed_core.codecs.planning import LossyTable, StepTooFineError, plan_tensors
 from fed_core.codecs.trellis import NUM_STATES, SUBSETS, best_parities, states_of, trellis
 from fed_core.errors import PayloadError
@@ -264,7 +264,7 @@ class EctcqAnalysis:
         moments = _Moments.of(t, points, np.ones(len(t)))
         shifts = moments.shifts()
         gain = moments.gain(shifts) if self._match_gain else 1.0
-        mantissa, exponent = _mantissa_exponent(half * gain)
+        mantissa, exponent = mantissa_exponent(half * gain, _MANTISSA_BITS)
         tables = [_table_of(points[points & 1 == last_bit], last_bit) for last_bit in (0, 1)]
         num_lanes, parts = _num_lanes(len(points), _STEPS), []
         for first in range(0, len(points), num_lanes):
@@ -395,15 +395,7 @@ def _half(step: float) -> float:
     """Half a step, as a body can say it."""
     if not (math.isfinite(step) and step > 0):
         raise ValueError(f"a step of {step}; expected a positive number")
-    return math.ldexp(*_mantissa_exponent(step / 2))
-
-
-def _mantissa_exponent(value: float) -> tuple[int, int]:
-    mantissa, exponent = math.frexp(value)
-    whole, exponent = round(math.ldexp(mantissa, _MANTISSA_BITS)), exponent - _MANTISSA_BITS
-    while not whole & 1:
-        whole, exponent = whole >> 1, exponent + 1
-    return whole, exponent
+    return math.ldexp(*mantissa_exponent(step / 2, _MANTISSA_BITS))
 
 
 def _in_half_steps(values: Tensor, half: float) -> NDArray[np.float32]:

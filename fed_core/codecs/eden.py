@@ -26,11 +26,11 @@ from torch import Tensor
 from fed_core.codecs.base import TensorPlan, TileSource
 from fed_core.codecs.config import CodecTable
 from fed_core.codecs.entropy import ByteReader
-from fed_core.codecs.floating import TILE, check_lossy, is_lossy, narrow
+from fed_core.codecs.floating import TILE, check_lossy, is_lossy_parameter, narrow
 from fed_core.codecs.raw import raw_plan
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_BYTES, MAX_BODY_COORDINATES
-from fed_core.specs import PARAMETER, TensorSpec
+from fed_core.specs import TensorSpec
 
 MIN_BITS: Final = 1
 MAX_BITS: Final = 8
@@ -215,7 +215,7 @@ class EdenConfig(CodecTable):
         """Floating parameters by this codec; buffers, other types and what has fewer than 32 coordinates raw."""
         return [
             eden_plan(spec, bits=self.bits, unbiased=self.unbiased, seed=seed)
-            if is_lossy(spec) and spec.role == PARAMETER and spec.num_elements >= LEAST_COORDINATES
+            if is_lossy_parameter(spec) and spec.num_elements >= LEAST_COORDINATES
             else raw_plan(spec, source)
             for spec, source in tensors
         ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from fed_core.errors import InvalidError, PayloadError
-from fed_core.specs import TensorSpec
+from fed_core.specs import PARAMETER, TensorSpec
 from fed_core.tensors import dtype_name
 
 LOSSY_DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
@@ -19,6 +20,20 @@ TILE: Final = 2**16
 def is_lossy(spec: TensorSpec) -> bool:
     """Whether a lossy codec may hold the tensor; any other is sent raw."""
     return spec.dtype in LOSSY_DTYPES and spec.num_elements > 0
+
+
+def is_lossy_parameter(spec: TensorSpec) -> bool:
+    """Whether something may be left out of the tensor: of what is trained, not of buffers."""
+    return spec.role == PARAMETER and is_lossy(spec)
+
+
+def mantissa_exponent(value: float, bits: int) -> tuple[int, int]:
+    """A positive number rounded to so many bits, as an odd whole number and the exponent of a power of two."""
+    mantissa, exponent = math.frexp(value)
+    whole, exponent = round(math.ldexp(mantissa, bits)), exponent - bits
+    while not whole & 1:
+        whole, exponent = whole >> 1, exponent + 1
+    return whole, exponent
 
 
 def check_lossy(kind: str, spec: TensorSpec, head: bytes | memoryview | None = None) -> None:

@@ -34,7 +34,7 @@ from fed_core.codecs.entropy import (
     varint,
     write_table,
 )
-from fed_core.codecs.floating import LOSSY_DTYPES, TILE
+from fed_core.codecs.floating import TILE, check_lossy, mantissa_exponent
 from fed_core.codecs.planning import LossyTable, plan_tensors
 from fed_core.codecs.planning import StepTooFineError as StepTooFineError
 from fed_core.codecs.rounding import (
@@ -207,7 +207,7 @@ class FsqCodec:
 
     def body_bytes(self, spec: TensorSpec, num_coordinates: int) -> tuple[int, int]:
         """From one byte (all zero) to 19 bits a coordinate. Raises PayloadError for types that it does not hold and long bodies."""
-        _check_spec(spec)
+        check_lossy(FsqCodec.kind, spec)
         if num_coordinates > MAX_BODY:
             raise PayloadError(
                 f"a body of {num_coordinates} coordinates of the codec 'fsq'; expected at most {MAX_BODY}"
@@ -216,7 +216,7 @@ class FsqCodec:
 
     def decoder(self, spec: TensorSpec, head: bytes | memoryview | None) -> _Decoder:
         """Memory: 12 bytes for each row and column, and up to 256 KiB for each group of which values are large."""
-        _check_spec(spec)
+        check_lossy(FsqCodec.kind, spec)
         if head is None:
             raise PayloadError("a tensor of the codec 'fsq' has no head")
         num_rows, num_columns = matrix_shape(spec)
@@ -259,11 +259,6 @@ def matrix_shape(spec: TensorSpec) -> tuple[int, int]:
     if len(spec.shape) < 2:
         return 1, spec.num_elements
     return spec.shape[0], math.prod(spec.shape[1:])
-
-
-def _check_spec(spec: TensorSpec) -> None:
-    if spec.dtype not in LOSSY_DTYPES:
-        raise PayloadError(f"the codec 'fsq' holds {', '.join(LOSSY_DTYPES)}, not {spec.dtype}; expected raw")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- analysis
@@ -330,7 +325,7 @@ class FsqAnalysis:
         match_gain: bool = False,
         coder: Coder = "rans",
     ) -> None:
-        _check_spec(spec)
+        check_lossy(FsqCodec.kind, spec)
         if lattice and match_gain:
             raise ValueError("values on a lattice cannot be scaled: lattice and match_gain exclude each other")
         self._num_coordinates = spec.num_elements
@@ -384,7 +379,7 @@ class FsqAnalysis:
         gain = self._statistics.energy / step**2 / cross if self._match_gain else 1.0
         zero = FrequencyTable.from_counts(0, np.ones(1))
         tables = [FrequencyTable.from_counts(-MAX_TOKEN, each) if each.any() else zero for each in counts]
-        mantissa, exponent = _mantissa_exponent(step * gain)
+        mantissa, exponent = mantissa_exponent(step * gain, _MANTISSA_BITS)
         head = _Head(mantissa, exponent, scales, tables, shifts)
 
         def encode(first: int, tile: Tensor) -> bytes:
@@ -598,14 +593,6 @@ class FsqAnalysis:
             low, high = (0, 0) if rows is None else (int(rows.min()), int(rows.max()))
             columns = _narrowed(columns.clip(-high, top - low))
         return rows, columns, top + 1
-
-
-def _mantissa_exponent(step: float) -> tuple[int, int]:
-    mantissa, exponent = math.frexp(step)
-    whole, down = round(math.ldexp(mantissa, _MANTISSA_BITS)), 0
-    while not whole >> down & 1:
-        down += 1
-    return whole >> down, exponent - _MANTISSA_BITS + down
 
 
 def _half_octaves(energies: Floats) -> NDArray[np.int64]:

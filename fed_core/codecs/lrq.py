@@ -31,7 +31,7 @@ from fed_core.codecs.fsq import FsqAnalysis, FsqCodec, matrix_shape
 from fed_core.codecs.parametric import MAX_REACH
 from fed_core.codecs.planning import LAMBDA, LossyTable, Rival, StepTooFineError, lagrangian, plan_tensors
 from fed_core.codecs.products import Factors, Product
-from fed_core.codecs.subspace import leading_triples
+from fed_core.codecs.subspace import leading_triples, row_blocks
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_COORDINATES, MAX_HEAD_BYTES
 from fed_core.specs import TensorSpec
@@ -53,7 +53,6 @@ _CONTEXT_BITS = 2
 _BITS_PER_GAIN = 16
 # Of a head, and of every group of components.
 _HEADER_BITS = 48
-_BLOCK_COORDINATES = 2**18
 # A value of 2^90 leaves room for sums over the largest matrix.
 _MAX_VALUE_BITS = 90
 
@@ -206,10 +205,7 @@ class LrqAnalysis:
         return 2.0 ** max(exponent, -126)
 
     def _read(self) -> Iterator[tuple[int, Tensor]]:
-        height = max(1, _BLOCK_COORDINATES // self._cols)
-        for row in range(0, self._rows, height):
-            block = self._source(row * self._cols, min(height, self._rows - row) * self._cols)
-            yield row, block.to(torch.float32).view(-1, self._cols)
+        return row_blocks(self._source, self._rows, self._cols)
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         for row, block in self._read():

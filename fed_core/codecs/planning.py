@@ -21,10 +21,10 @@ from pydantic import Field
 from fed_core.codecs.base import Analysis, Cost, TensorPlan, TileSource
 from fed_core.codecs.config import FeedbackTable
 from fed_core.codecs.entropy import Coder
-from fed_core.codecs.floating import is_lossy
+from fed_core.codecs.floating import is_lossy_parameter
 from fed_core.codecs.raw import raw_plan
 from fed_core.codecs.uniform import UniformCodec, uniform_plan
-from fed_core.specs import PARAMETER, TensorSpec
+from fed_core.specs import TensorSpec
 
 LAMBDA: Final = math.log(2) / 6
 """-dD/dR of a uniform quantizer of step 1: its error is 1/12 and falls by a factor of four per bit."""
@@ -136,7 +136,7 @@ class _Ways:
     @classmethod
     def of(cls, spec: TensorSpec, source: TileSource, analyze: Analyze, aim: Aim, seed: int) -> _Ways | None:
         """None for a tensor that must be raw: no parameter, no lossy type, or (float64) beyond float32."""
-        if not is_lossy(spec) or spec.role != PARAMETER:
+        if not is_lossy_parameter(spec):
             return None
         energy = _energy(spec, source)
         if not math.isfinite(energy):

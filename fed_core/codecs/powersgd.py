@@ -20,14 +20,14 @@ from torch import Tensor
 from fed_core.codecs.base import TensorPlan, TileSource
 from fed_core.codecs.config import CodecTable
 from fed_core.codecs.entropy import ByteReader, svarint, varint
-from fed_core.codecs.floating import TILE, check_lossy, is_lossy
+from fed_core.codecs.floating import TILE, check_lossy, is_lossy_parameter
 from fed_core.codecs.fsq import matrix_shape
 from fed_core.codecs.raw import raw_plan
 from fed_core.codecs.scales import rectangles
-from fed_core.codecs.subspace import leading_triples
+from fed_core.codecs.subspace import leading_triples, row_blocks
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_COORDINATES, MAX_HEAD_BYTES
-from fed_core.specs import PARAMETER, TensorSpec
+from fed_core.specs import TensorSpec
 from fed_core.tensors import torch_dtype
 
 FactorType = Literal["float32", "float16"]
@@ -38,7 +38,6 @@ _MAX_EXPONENT: Final = 126
 # Sums stay finite before they are multiplied by the power of two.
 _LARGEST_SUM: Final = 2.0**100
 _HEADER_BYTES: Final = 16
-_BLOCK_COORDINATES: Final = 2**18
 
 
 class PowersgdCodec:
@@ -110,19 +109,13 @@ def powersgd_plan(spec: TensorSpec, source: TileSource, *, rank: int, values: Fa
     if min(rows, cols) < 2 or head_bytes >= min(spec.num_bytes, MAX_HEAD_BYTES):
         return raw_plan(spec, source)
 
-    def read() -> Iterator[tuple[int, Tensor]]:
-        height = max(1, _BLOCK_COORDINATES // cols)
-        for row in range(0, rows, height):
-            block = source(row * cols, min(height, rows - row) * cols)
-            yield row, block.to(torch.float32).view(-1, cols)
-
-    largest = max(float(torch.stack(torch.aminmax(block)).abs().max()) for _, block in read())
+    largest = max(float(torch.stack(torch.aminmax(block)).abs().max()) for _, block in row_blocks(source, rows, cols))
     if math.isinf(largest):  # a float64 beyond float32
         return raw_plan(spec, source)
     exponent = min(max(math.frexp(largest)[1], -_MAX_EXPONENT), _MAX_EXPONENT)
     unit = 2.0**-exponent
     left, sizes, right = leading_triples(
-        lambda: ((row, block * unit) for row, block in read()), rows, cols, rank, seed=seed
+        lambda: ((row, block * unit) for row, block in row_blocks(source, rows, cols)), rows, cols, rank, seed=seed
     )
     # Shared between both sides, singular values leave neither beyond float16's range.
     factors = torch.cat([(side * sizes.sqrt()).T.reshape(-1) for side in (left, right)]).to(dtype)
@@ -157,7 +150,7 @@ class PowersgdConfig(CodecTable):
         """Matrices of a floating type by this codec where that is shorter, all else raw: vectors, buffers, integers."""
         return [
             powersgd_plan(spec, source, rank=self.rank, values=self.values, seed=seed)
-            if is_lossy(spec) and spec.role == PARAMETER
+            if is_lossy_parameter(spec)
             else raw_plan(spec, source)
             for spec, source in tensors
         ]

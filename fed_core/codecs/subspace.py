@@ -8,8 +8,12 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from fed_core.codecs.base import TileSource
+
 RowBlocks = Callable[[], Iterator[tuple[int, Tensor]]]
 """One pass over a matrix: (first row, float32 block of whole rows), in order; a block is good until the next is asked for."""
+
+_BLOCK_COORDINATES: Final = 2**18
 
 OVERSAMPLING: Final = 8
 NUM_PASSES: Final = 2
@@ -24,6 +28,14 @@ class Triples(NamedTuple):
     left: Tensor
     values: Tensor
     right: Tensor
+
+
+def row_blocks(source: TileSource, rows: int, cols: int) -> Iterator[tuple[int, Tensor]]:
+    """A matrix as `RowBlocks` has it, out of a source of its coordinates; no longer than 2^18 coordinates where rows are not."""
+    height = max(1, _BLOCK_COORDINATES // cols)
+    for row in range(0, rows, height):
+        block = source(row * cols, min(height, rows - row) * cols)
+        yield row, block.to(torch.float32).view(-1, cols)
 
 
 def leading_triples(blocks: RowBlocks, rows: int, cols: int, rank: int, *, seed: int) -> Triples:

@@ -30,7 +30,7 @@ from fed_core.codecs.entropy import ByteReader
 from fed_core.codecs.floating import check_lossy
 from fed_core.codecs.positions import max_position_bytes, read_positions, write_positions
 from fed_core.codecs.sign import max_sign_bytes, read_signs, write_signs
-from fed_core.codecs.sparsity import Largest, Tensors, largest, plan_parameters
+from fed_core.codecs.sparsity import Fraction, Largest, Tensors, largest, plan_parameters
 from fed_core.payload.limits import MAX_BODY_COORDINATES
 from fed_core.specs import TensorSpec
 
@@ -90,13 +90,7 @@ class TernaryConfig(FeedbackTable):
         default="ternary",
         description="The largest values as plus or minus a mean, all others zero: a few bits for each.",
     )
-    fraction: float = Field(
-        default=0.05,
-        gt=0,
-        le=1,
-        description="Share of an update's values that are sent: the largest of all tensors together. A place takes about 8 bits at "
-        "0.01, 6 at 0.05, 4 at 0.2.",
-    )
+    fraction: Fraction = 0.05
 
     def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:
         """Parameters by this codec, small vectors by uniform, buffers and other types raw; the seed decides nothing."""

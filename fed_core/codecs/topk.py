@@ -32,7 +32,7 @@ from fed_core.codecs.nested import (
     write_values_head,
 )
 from fed_core.codecs.positions import max_position_bytes, read_positions, write_positions
-from fed_core.codecs.sparsity import Largest, Tensors, largest, plan_parameters
+from fed_core.codecs.sparsity import Fraction, Largest, Tensors, largest, plan_parameters
 from fed_core.errors import PayloadError
 from fed_core.payload.limits import MAX_BODY_BYTES, MAX_BODY_COORDINATES
 from fed_core.specs import TensorSpec
@@ -112,13 +112,7 @@ class TopkConfig(FeedbackTable):
     feedback_by_default: ClassVar[bool] = True
 
     kind: Literal["topk"] = Field(default="topk", description="The largest values and where they are, all others zero.")
-    fraction: float = Field(
-        default=0.05,
-        gt=0,
-        le=1,
-        description="Share of an update's values that are sent: the largest of all tensors together. A place takes about 8 bits at "
-        "0.01, 6 at 0.05, 4 at 0.2.",
-    )
+    fraction: Fraction = 0.05
     values: ValuesConfig = Field(default=UniformValues(), description=VALUES)
 
     def plan(self, tensors: Sequence[tuple[TensorSpec, TileSource]], *, seed: int) -> list[TensorPlan]:

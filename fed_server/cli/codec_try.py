@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from fed_core.codecs.floating import is_lossy
+from fed_core.codecs.floating import is_lossy, is_lossy_parameter
 from fed_core.codecs.planning import LossyTable
 from fed_core.codecs.registry import CODECS_OF, EncodingConfig
 from fed_core.errors import CorruptError, FedstreamError, InvalidError, NotFiniteError, PayloadError
@@ -315,7 +315,7 @@ def _read_back(reader: PayloadReader, tensors: Tensors) -> tuple[tuple[TensorTri
         seconds += time.thread_time() - begin
         segments = [*entry.bodies, *([entry.head] if entry.head is not None else [])]
         num_bytes = bundled.get(index, 0) + sum(segment.length for segment in segments)
-        is_compared = is_lossy(spec) and spec.role == PARAMETER
+        is_compared = is_lossy_parameter(spec)
         fidelity = _compare(exact, decoded) if is_compared else None
         tried.append(TensorTrial(spec, entry.codec, 8 * num_bytes, fidelity))
     return tuple(tried), seconds
