@@ -64,6 +64,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def reals_per_element(self) -> int:
+        """2 for complex numbers, which are added up as pairs of reals; else 1."""
+        return 2 if self.dtype.startswith("complex") else 1
+
+    @property
     def num_bytes(self) -> int:
         """Size of the values in memory."""
         return self.num_elements * DTYPES[self.dtype]

@@ -33,7 +33,7 @@ class WeightedMean:
         scratch = scratch_tile()
         for spec in specs:
             if rules[spec.name] == "mean":
-                self.sums[spec.name] = ExactSum(_num_reals(spec), grid[spec.name], scratch)
+                self.sums[spec.name] = ExactSum(spec.num_elements * spec.reals_per_element, grid[spec.name], scratch)
             elif rules[spec.name] == "maximum":
                 self.maxima[spec.name] = torch.zeros(spec.num_elements, dtype=torch_dtype(spec.dtype))
         self._num_updates = 0
@@ -54,9 +54,8 @@ class WeightedMean:
         for spec in self.specs:
             name = spec.name
             if name in self.sums:
-                per_element = 2 if spec.dtype.startswith("complex") else 1
                 for first, tile in update.iter_tiles(name):
-                    self.sums[name].add(first * per_element, as_reals(tile), weight)
+                    self.sums[name].add(first * spec.reals_per_element, as_reals(tile), weight)
             elif name in self.maxima:
                 for first, tile in update.iter_tiles(name):
                     self.raise_maxima(name, first, tile)
@@ -95,8 +94,9 @@ class WeightedMean:
     def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:
         """See `Aggregator.report`."""
         if spec.name in self.sums:
-            per_element = 2 if spec.dtype.startswith("complex") else 1
-            return self.sums[spec.name].mean(first * per_element, count * per_element, self._total_weight)
+            return self.sums[spec.name].mean(
+                first * spec.reals_per_element, count * spec.reals_per_element, self._total_weight
+            )
         if spec.name in self.maxima:
             return self.maxima[spec.name][first : first + count]
         return None
@@ -105,7 +105,3 @@ class WeightedMean:
 def as_reals(tile: Tensor) -> Tensor:
     """A 1-D view of real numbers: complex elements become pairs."""
     return torch.view_as_real(tile).reshape(-1) if tile.is_complex() else tile
-
-
-def _num_reals(spec: TensorSpec) -> int:
-    return spec.num_elements * (2 if spec.dtype.startswith("complex") else 1)

@@ -31,7 +31,7 @@ def state_specs(optimizer: ServerOptimizer, specs: Sequence[TensorSpec]) -> list
     return [
         TensorSpec(
             spec.name,
-            (num_rows, spec.num_elements * (2 if spec.dtype.startswith("complex") else 1)),
+            (num_rows, spec.num_elements * spec.reals_per_element),
             "float64" if spec.dtype in _WIDE else "float32",
         )
         for spec in specs
@@ -63,7 +63,7 @@ class Steps:
         """The next weights of a tile of a parameter. `weights` and `delta` are 1-D float64, complex elements as pairs, and are
         overwritten; `first` counts the parameter's own elements. Raises NotFiniteError where the state would leave its type's
         range."""
-        start = first * (2 if spec.dtype.startswith("complex") else 1)
+        start = first * spec.reals_per_element
         for at in range(0, len(delta), _TILE):
             mine, change = weights[at : at + _TILE], delta[at : at + _TILE]
             state, moved = self._optimizer.step(self._read(spec.name, start + at, len(mine)), mine, change)
@@ -74,7 +74,7 @@ class Steps:
     def stay(self, spec: TensorSpec, first: int, count: int) -> None:
         """The tile was not part of the round: its state is that of before."""
         if spec.name in self._specs:
-            per_element = 2 if spec.dtype.startswith("complex") else 1
+            per_element = spec.reals_per_element
             for at in range(first * per_element, (first + count) * per_element, _TILE):
                 length = min(_TILE, (first + count) * per_element - at)
                 self._write(spec.name, at, self._read(spec.name, at, length))
