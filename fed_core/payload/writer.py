@@ -16,6 +16,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from fed_core.codecs.base import Encoding, TensorPlan, TileSource
+from fed_core.codecs.floating import TILE
 from fed_core.codecs.raw import RawConfig
 from fed_core.codecs.registry import codec_named
 from fed_core.errors import PayloadError
@@ -222,17 +223,21 @@ class _Nowhere(io.RawIOBase):
 
 
 class _Meter:
-    """Adds up what the receiver will be left with."""
+    """Adds up what the receiver will be left with, in parts that stay in the cache."""
 
     def __init__(self) -> None:
         self._energy = self._product = self._squared_error = 0.0
+        self._exact, self._seen = torch.empty(2, TILE, dtype=torch.float64)
 
     def add(self, values: Tensor, decoded: Tensor) -> None:
-        exact, seen = values.to(torch.float64), decoded.to(torch.float64)
-        self._energy += float(exact.dot(exact))
-        self._product += float(exact.dot(seen))
-        left = exact.sub(seen)
-        self._squared_error += float(left.dot(left))
+        for start in range(0, len(values), TILE):
+            part = values[start : start + TILE]
+            exact = self._exact[: len(part)].copy_(part)
+            seen = self._seen[: len(part)].copy_(decoded[start : start + TILE])
+            self._energy += float(exact.dot(exact))
+            self._product += float(exact.dot(seen))
+            left = seen.sub_(exact)
+            self._squared_error += float(left.dot(left))
 
     def fidelity(self) -> Fidelity:
         return Fidelity(self._energy, self._product, self._squared_error)
@@ -260,6 +265,7 @@ class _SegmentWriter:
         spec, read = self._sources[index]
         is_lossy = plan.codec != RAW
         decoder = codec_named(plan.codec).decoder(spec, plan.head) if is_lossy else None
+        buffer: Tensor | None = None
         for first in range(0, spec.num_elements, plan.body_coordinates):
             count = min(plan.body_coordinates, spec.num_elements - first)
             tile = read(first, count)
@@ -267,7 +273,9 @@ class _SegmentWriter:
             body = plan.encode(first, tile)
             decoded = tile
             if decoder is not None:
-                decoded = torch.empty_like(tile)
+                if buffer is None:
+                    buffer = torch.empty_like(tile)
+                decoded = buffer[:count]
                 decoder.decode(first, body, decoded)
                 self._meter.add(tile, decoded)
             if self._on_decoded is not None:
