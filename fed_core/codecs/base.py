@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -25,6 +25,16 @@ class TensorDecoder(Protocol):
     def decode(self, first: int, body: bytes | memoryview, out: Tensor) -> None:
         """Writes the values of the body that begins at coordinate `first` into `out`: flat, contiguous, of the tensor's dtype and
         the body's length. Raises PayloadError on any bytes that do not fit; memory is bounded by a multiple of `out`'s."""
+        ...
+
+
+@runtime_checkable
+class BoundedDecoder(TensorDecoder, Protocol):
+    """A decoder that can tell how large the values of a body are at most, without decoding it."""
+
+    def bound(self, body: bytes | memoryview, num_coordinates: int) -> float:
+        """No value of the body is larger in absolute value, before it is rounded to the tensor's dtype; infinity where that cannot
+        be told. Raises PayloadError for every body that `decode` would refuse."""
         ...
 
 

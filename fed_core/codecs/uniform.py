@@ -66,6 +66,11 @@ class UniformCodec:
 
 
 class _UniformDecoder:
+    def bound(self, body: bytes | memoryview, num_coordinates: int) -> float:
+        """The largest scale times the largest integer that its bits can say."""
+        bits, _, scales, _ = _read_body(body, num_coordinates)
+        return float(scales.max()) * 2.0 ** (bits - 1)
+
     def decode(self, first: int, body: bytes | memoryview, out: Tensor) -> None:
         """Unpacks, widens and scales tile by tile, in `out` itself where it is float32."""
         bits, block, scales, packed = _read_body(body, len(out))
@@ -244,6 +249,9 @@ def _pack(integers: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> Non
 
 def _unpack(packed: NDArray[np.uint8], bits: int, out: NDArray[np.uint8]) -> None:
     """Unpacks one unit into two's complement."""
+    if bits == 8:
+        np.bitwise_xor(packed, np.uint8(0x80), out=out)
+        return
     out.fill(-(2 ** (bits - 1)) % 256)
     position = 0
     for width in _FIELDS[bits]:

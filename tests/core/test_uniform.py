@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from fed_core.codecs.base import BoundedDecoder
 from fed_core.codecs.uniform import UniformCodec, UniformConfig, uniform_plan
 from fed_core.errors import InvalidError, PayloadError
 from fed_core.payload.limits import MAX_BODY_BYTES, MAX_BODY_COORDINATES
@@ -254,3 +255,25 @@ def test_what_is_no_float_or_has_a_head_is_refused() -> None:
         UNIFORM.body_bytes(TensorSpec("w", (2,), "int8"), 2)
     with pytest.raises(PayloadError, match="the codec 'uniform' has no head"):
         UNIFORM.decoder(TensorSpec("w", (2,), "float32"), b"x")
+
+
+@given(st.sampled_from(BITS), st.sampled_from([32, 1024]), st.binary(min_size=200, max_size=200), st.integers(1, 150))
+def test_a_bound_covers_what_any_bytes_decode_to_and_refuses_what_decoding_refuses(
+    bits: int, block: int, data: bytes, count: int
+) -> None:
+    spec = TensorSpec("w", (count,), "float32", "parameter")
+    body = bytes([bits, block.bit_length() - 1]) + data[: UNIFORM.body_bytes(spec, count)[1]]
+    decoder, out = UNIFORM.decoder(spec, None), torch.empty(count)
+    assert isinstance(decoder, BoundedDecoder)
+    for size in (
+        len(body),
+        2 + 2 * -(-count // block) + sum(-(-count * width // 8) for width in (8, 4, 2, 1) if bits & width),
+    ):
+        try:
+            decoder.decode(0, body[:size], out)
+        except PayloadError:
+            with pytest.raises(PayloadError):
+                decoder.bound(body[:size], count)
+        else:
+            bound = decoder.bound(body[:size], count)
+            assert bound > torch.finfo(torch.float32).max or bound >= float(out.abs().max())
