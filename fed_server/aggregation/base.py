@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,18 +11,20 @@ from torch import Tensor
 
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import TensorSpec
+from fed_server.aggregation.exact import SumMemory
 from fed_server.aggregation.merge_rules import MergeRule
 
 
 @dataclass(frozen=True)
 class AggregatorSetting:
     """What an aggregator of one round works with besides its config: the model's tensors, the round's grid and the merge rules by
-    name, and a folder for files that go with the aggregator."""
+    name, a folder for files that go with the aggregator, and memory that the run's earlier rounds used."""
 
     specs: Sequence[TensorSpec]
     grid: Mapping[str, int]
     rules: Mapping[str, MergeRule]
     scratch_folder: Path
+    memory: SumMemory = field(default_factory=SumMemory)
 
 
 class Aggregator(Protocol):

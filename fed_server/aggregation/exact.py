@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 
 import torch
 from torch import Tensor
@@ -19,6 +20,26 @@ def _zeros(num_elements: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, 8 * num_elements), dtype=torch.float64)
 
 
+class SumMemory:
+    """Memory of sums that are no longer there, for new ones of the same length: pages new from the system cost more than a fold.
+
+    What it holds is bounded by the sums that lived at the same time. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+
+    def zeros(self, num_elements: int) -> Tensor:
+        """Float64 zeros."""
+        try:
+            return self._free[num_elements].pop().zero_()
+        except LookupError:
+            return _zeros(num_elements)
+
+    def take_back(self, steps: Tensor) -> None:
+        """What `zeros` gave, and nobody looks at any longer."""
+        self._free.setdefault(len(steps), []).append(steps)
+
+
 def scratch_tile() -> Tensor:
     """Room for one tile."""
     return torch.empty(TILE, dtype=torch.float64)
@@ -30,12 +51,16 @@ class ExactSum:
     Law: any sequence of `add`, `subtract` and `merge` that stands for the same multiset of (values, weight) gives the same bits.
     It holds as long as the absolute sum stays below 2**53 steps, which the grid's policy promises.
 
-    `steps` are these whole numbers. Memory: 8 bytes an element. `scratch` (see `scratch_tile`) may be shared by sums that are not
-    added to at the same time."""
+    `steps` are these whole numbers. Memory: 8 bytes an element, out of `memory` and back into it when the sum is dropped. `scratch`
+    (see `scratch_tile`) may be shared by sums that are not added to at the same time."""
 
-    def __init__(self, num_elements: int, exponent: int, scratch: Tensor | None = None) -> None:
+    def __init__(
+        self, num_elements: int, exponent: int, scratch: Tensor | None = None, memory: SumMemory | None = None
+    ) -> None:
         self.exponent = exponent
-        self.steps = _zeros(num_elements)
+        self.steps = _zeros(num_elements) if memory is None else memory.zeros(num_elements)
+        if memory is not None:
+            weakref.finalize(self, memory.take_back, self.steps)
         self._scratch = scratch_tile() if scratch is None else scratch
 
     def add(self, first: int, values: Tensor, weight: int) -> None:

@@ -15,7 +15,7 @@ from fed_core.failpoints import failpoint
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import TensorSpec
 from fed_core.tensors import torch_dtype
-from fed_server.aggregation.exact import ExactSum, scratch_tile
+from fed_server.aggregation.exact import ExactSum, SumMemory, scratch_tile
 from fed_server.aggregation.merge_rules import MergeRule
 
 
@@ -26,14 +26,21 @@ class WeightedMean:
     who write down a mean on its way (see `partial`).
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], grid: Mapping[str, int], rules: Mapping[str, MergeRule]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        grid: Mapping[str, int],
+        rules: Mapping[str, MergeRule],
+        memory: SumMemory | None = None,
+    ) -> None:
         self.specs = list(specs)
         self.sums: dict[str, ExactSum] = {}
         self.maxima: dict[str, Tensor] = {}
         scratch = scratch_tile()
         for spec in specs:
             if rules[spec.name] == "mean":
-                self.sums[spec.name] = ExactSum(spec.num_elements * spec.reals_per_element, grid[spec.name], scratch)
+                num_reals = spec.num_elements * spec.reals_per_element
+                self.sums[spec.name] = ExactSum(num_reals, grid[spec.name], scratch, memory)
             elif rules[spec.name] == "maximum":
                 self.maxima[spec.name] = torch.zeros(spec.num_elements, dtype=torch_dtype(spec.dtype))
         self._num_updates = 0

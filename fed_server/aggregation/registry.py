@@ -25,7 +25,7 @@ def _robust(make_rule: Callable[[Any], Rule]) -> MakeAggregator:
 
 
 AGGREGATORS: dict[str, MakeAggregator] = {
-    "mean": lambda setting, config: WeightedMean(setting.specs, setting.grid, setting.rules),
+    "mean": lambda setting, config: WeightedMean(setting.specs, setting.grid, setting.rules, setting.memory),
     "median": _robust(median_rule),
     "trimmed_mean": _robust(trimmed_mean_rule),
     "krum": _robust(krum_rule),

@@ -23,6 +23,7 @@ from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec
 from fed_server.aggregation.base import Aggregator, AggregatorSetting
+from fed_server.aggregation.exact import SumMemory
 from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.normalized import Normalized
@@ -41,6 +42,7 @@ from fed_server.rounds.metrics import mean_metrics
 from fed_server.rounds.policy import (
     learning_rate,
     plateau_after,
+    population,
     run_grid_policy,
     server_optimizer,
     stop_rules,
@@ -101,8 +103,11 @@ class LiveRun:
         self.last_turn = 0
         self.turns: dict[str, Turns] = {}
         """When each site was asked to train, by name."""
+        self.members: set[str] = set()
+        """Who has sent an update, by name; kept where the population is limited."""
         self._grid_policy: GridPolicy = run_grid_policy(config)
         self._max_abs: tuple[int, dict[str, float]] | None = None
+        self._sum_memory = SumMemory()
         self._moving = asyncio.Lock()
         self._last_tick = facilities.clock.monotonic()
         self._unsaved_seconds = 0.0
@@ -197,6 +202,8 @@ class LiveRun:
                 self.assignments = {a.assignment_id: a for a in tx.assignments(self.run_id, rounds[-1].round)}
             if self.config.cohort.selection == "round_robin":
                 self._note_selected(tx.assignments(self.run_id))
+            if population(self.config) is not None:
+                self._note_members(tx.assignments(self.run_id))
 
         await self._facilities.workers.store(read)
         path = self._facilities.files.model_path(self.run_id, self.record.model_version)
@@ -220,6 +227,13 @@ class LiveRun:
                 name = self._surroundings.name_of(assignment.client_id)
                 last_round, num_times = self.turns.get(name, Turns())
                 self.turns[name] = Turns(max(assignment.round, last_round), num_times + 1)
+
+    def _note_members(self, assignments: Iterable[AssignmentRecord]) -> None:
+        self.members |= {
+            self._surroundings.name_of(a.client_id)
+            for a in assignments
+            if a.kind is AssignmentKind.TRAIN and a.state is AssignmentState.RECEIVED
+        }
 
     async def _set_aside(self, assignment: AssignmentRecord, reason: str) -> None:
         """An acknowledged update that the disk lost: it no longer counts, by name."""
@@ -548,7 +562,7 @@ class LiveRun:
         with ExitStack() as opened:
             steps = opened.enter_context(
                 open_steps(
-                    server_optimizer(self.config, self.round.round),
+                    server_optimizer(self.config, self.round.round, aggregate.num_updates),
                     self.specs,
                     files.optimizer_path(self.run_id, base.version) if base.version > 0 else None,
                     optimizer_part,
@@ -820,6 +834,7 @@ class LiveRun:
             )
             failpoint("update-published")
             await self._write(self.record, None, [received])
+            self._note_members([received])
             self._folding.put(received)
         self._surroundings.assignments_changed([received])
         return received
@@ -955,7 +970,8 @@ class LiveRun:
         assert self.round is not None
         aggregation = self.config.aggregation
         rules = merge_rules(self.specs, [(m.pattern, m.rule) for m in aggregation.merge])
-        setting = AggregatorSetting(self.specs, self.round.grid, rules, self._facilities.files.scratch_folder)
+        scratch_folder = self._facilities.files.scratch_folder
+        setting = AggregatorSetting(self.specs, self.round.grid, rules, scratch_folder, self._sum_memory)
         aggregator = new_aggregator(setting, aggregation)
         return Normalized(aggregator) if self._is_normalized else aggregator
 

@@ -18,7 +18,7 @@ from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import write_payload
 from fed_core.specs import TensorSpec
 from fed_core.tensors import dtype_name
-from fed_server.aggregation.exact import TILE, ExactSum
+from fed_server.aggregation.exact import TILE, ExactSum, SumMemory
 from fed_server.aggregation.grid import GridPolicy, bounds_of, grid_policy, make_grid
 from fed_server.aggregation.mean import WeightedMean
 from fed_server.aggregation.merge_rules import merge_rules
@@ -85,6 +85,18 @@ def test_tiles_do_not_matter() -> None:
     for first in range(0, len(values), 1000):
         parts.add(first, values[first : first + 1000], 3)
     assert torch.equal(whole.mean(0, len(values), 3), parts.mean(0, len(values), 3))
+
+
+def test_a_sum_in_memory_that_another_used_begins_at_zero_and_takes_it_from_nobody() -> None:
+    memory = SumMemory()
+    first = ExactSum(1000, -40, memory=memory)
+    first.add(0, torch.ones(1000), 1)
+    address = first.steps.data_ptr()
+    del first
+    second, third = ExactSum(1000, -40, memory=memory), ExactSum(1000, -40, memory=memory)
+    assert second.steps.data_ptr() == address != third.steps.data_ptr()
+    assert not second.steps.any()
+    assert not third.steps.any()
 
 
 def test_a_policy_that_is_too_coarse_is_refused_with_the_largest_weight_that_is_not() -> None:
