@@ -88,10 +88,19 @@ class CohortConfig(ConfigTable):
         description="Clients selected per update wanted. 1.3 asks 30 % more clients than size, so that slow ones are not waited "
         "for; their work is then dropped.",
     )
-    selection: Literal["random", "round_robin"] = Field(
+    selection: Literal["random", "round_robin", "staleness", "importance"] = Field(
         default="random",
         description="Who of the eligible clients is asked. random: drawn anew for every round; round_robin: whoever was asked "
-        "longest ago, so that all take part equally often.",
+        "longest ago, so that all take part equally often; staleness: drawn with chances that grow with the rounds since a client "
+        "was asked; importance: drawn with chances that grow with the loss it last reported, and its update counts the less.",
+    )
+    equal_part: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description='With selection = "importance": part of the chances that is dealt out whatever the losses are. An update '
+        "counts at most 1 / equal_part times what it counts in a plain mean. Unset: 0.2.",
+        examples=[0.2],
     )
     labels: dict[LabelWord, LabelWord] = Field(
         default={},
@@ -111,6 +120,13 @@ class CohortConfig(ConfigTable):
             problems["min_clients"] = (
                 f"expected at least quorum ({self.quorum}), got {self.min_clients}; a round would begin that cannot close: "
                 "raise min_clients or lower quorum"
+            )
+        if self.equal_part is not None and self.selection != "importance":
+            problems["equal_part"] = 'has no effect without selection = "importance"; delete it, or set that'
+        if self.over_selection > 1 and self.selection == "importance":
+            problems["over_selection"] = (
+                f'expected 1 with selection = "importance", got {self.over_selection:g}; who is slow would be left out, and '
+                "updates would count by chances that nobody had: delete it"
             )
         _refuse(problems)
         return self
@@ -877,6 +893,8 @@ class RunConfig(ConfigTable):
                     "fednova scales what was combined by the mean of what the sites say of their work, and one bad site decides a "
                     'mean; take "plain" or "fedprox", or aggregation.kind = "mean"'
                 )
+        if self.cohort.selection == "importance":
+            problems |= self._importance_problems()
         if self.evaluation.at == "none":
             for field in ("target", "patience"):
                 if getattr(self.stop, field) is not None:
@@ -885,6 +903,32 @@ class RunConfig(ConfigTable):
                     )
         _refuse(problems)
         return self
+
+    def _importance_problems(self) -> dict[str, str]:
+        """What does not go with a draw by importance, whose weights are fixed when a round opens."""
+        problems: dict[str, str] = {}
+        aggregation, objective = self.aggregation, self.training.objective
+        if not isinstance(aggregation, MeanConfig):
+            problems["cohort.selection"] = (
+                f'"importance" weights updates so that their mean is right on average, and {aggregation.kind} is no mean; take '
+                '"random", or aggregation.kind = "mean"'
+            )
+        else:
+            if aggregation.weighting not in ("examples", "uniform"):
+                problems["aggregation.weighting"] = (
+                    'with cohort.selection = "importance" weights are fixed before the clients train: take "examples" (as many as '
+                    'they last reported) or "uniform"'
+                )
+            if aggregation.max_weight is not None:
+                problems["aggregation.max_weight"] = (
+                    'has no effect with cohort.selection = "importance", where weights are chances; delete it'
+                )
+        if not isinstance(objective, PlainObjectiveConfig | FedProxConfig):
+            problems["training.objective"] = (
+                f'{objective.kind} needs more than a mean, and cohort.selection = "importance" corrects the mean alone; take '
+                '"plain" or "fedprox", or another selection'
+            )
+        return problems
 
 
 def parse_run_config(text: str) -> RunConfig:

@@ -25,7 +25,8 @@ MAX_METRICS = 64
 class Expected:
     """What an assignment asked for. `bounds` holds the largest absolute value by tensor; tensors without one are not bounded.
     `codecs` are those that the run takes besides raw; `is_normalized`: updates are divided by their work;
-    `importance` is what the operator multiplies the weight by."""
+    `importance` is what the operator multiplies the weight by; `fixed_weight`, where there is one, is the weight whatever else is
+    said."""
 
     assignment_id: str
     run_id: str
@@ -39,6 +40,7 @@ class Expected:
     max_weight: int
     importance: int = 1
     is_normalized: bool = False
+    fixed_weight: int | None = None
 
 
 def check_manifest(manifest: Manifest, expected: Expected) -> int:
@@ -80,6 +82,8 @@ def weight_of(num_examples: int, custom_weight: int, expected: Expected) -> int:
     """The whole number that the update is weighted by. Raises UpdateRefusedError where it is not in 1..max_weight."""
     if num_examples < 1:
         raise UpdateRefusedError(f"num_examples is {num_examples}; expected at least 1")
+    if expected.fixed_weight is not None:
+        return expected.fixed_weight
     weight = {"examples": num_examples, "custom": custom_weight, "uniform": 1}[expected.weighting] * expected.importance
     if not 1 <= weight <= expected.max_weight:
         raise UpdateRefusedError(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log
 from typing import NamedTuple
 
 from blake3 import blake3
+
+from fed_server.rounds.importance import Correction, SiteReport, chances_of, correction_of, shares_of, systematic
 
 
 def _hash(*parts: object) -> int:
@@ -37,6 +39,48 @@ def next_in_turn(seed: int, names: Collection[str], count: int, turns: Mapping[s
     seed alone."""
     ranked = sorted(names, key=lambda name: (*turns.get(name, Turns()), _hash("turn", seed, name), name))
     return sorted(ranked[:count])
+
+
+def draw_by_staleness(
+    seed: int, round: int, names: Collection[str], count: int, turns: Mapping[str, Turns]
+) -> list[str]:
+    """`count` of the names (all where there are fewer), one after the other, each time with chances in proportion to the rounds
+    since a site was last asked (since the run began for one that never was); in the order of names.
+
+    After Yang et al. 2020 (https://arxiv.org/abs/1910.14648), who prefer sites by the age of their last update; without their radio
+    channel the oldest first would be `next_in_turn`, so age is a chance here, not an order: cohorts mix, and nobody foresees them.
+    Drawn by keys log(u) / age, the largest first (Efraimidis and Spirakis 2006, algorithm A), with u in (0, 1) from a hash."""
+
+    def key(name: str) -> tuple[float, str]:
+        age = max(1, round - turns.get(name, Turns()).last_round)
+        return log((_hash("staleness", seed, round, name) + 0.5) * 2.0**-64) / age, name
+
+    return sorted(sorted(names, key=key, reverse=True)[:count])
+
+
+@dataclass(frozen=True)
+class ImportancePolicy:
+    """What a draw by importance goes by: what sites last reported, by name; the part of the chances that is dealt out by share
+    alone; what the operator multiplies shares by; whether shares go by examples; and the largest weight that sums take."""
+
+    reports: Mapping[str, SiteReport]
+    equal_part: float
+    importance: Mapping[str, int]
+    by_examples: bool
+    max_weight: int
+
+
+def draw_by_importance(
+    seed: int, round: int, names: Collection[str], count: int, policy: ImportancePolicy
+) -> tuple[list[str], Correction]:
+    """`count` of the names (all where there are fewer), in the order of names, and how their updates count; see `importance`."""
+    order = sorted(names, key=lambda name: (_hash("importance", seed, round, name), name))
+    shares = shares_of(order, policy.reports, policy.importance, by_examples=policy.by_examples)
+    chances = chances_of(shares, policy.reports, min(count, len(order)), policy.equal_part)
+    start = _hash("start", seed, round) * chances.total >> 64
+    drawn = systematic([name for name in order if name in chances.sizes], chances, start)
+    cohort = sorted([*chances.certain, *drawn])
+    return cohort, correction_of(cohort, shares, chances, policy.max_weight)
 
 
 def client_seed(seed: int, round: int, name: str) -> int:
@@ -69,11 +113,13 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """A cohort, or none and what is waited for. `waits_for_busy`: enough clients are there, but at work elsewhere."""
+    """A cohort, or none and what is waited for. `waits_for_busy`: enough clients are there, but at work elsewhere. `correction`:
+    how the updates of a cohort that was drawn by importance count."""
 
     cohort: tuple[str, ...]
     reason: str
     waits_for_busy: bool = False
+    correction: Correction | None = None
 
 
 def select(
@@ -87,11 +133,13 @@ def select(
     is_settling: bool,
     selection: str = "random",
     turns: Mapping[str, Turns] | None = None,
+    importance: ImportancePolicy | None = None,
 ) -> Selection:
     """The cohort of a round, or the reason why it cannot be chosen yet.
 
     Right after a start (`is_settling`) the clients that were there before are waited for, so that a restart does not shrink the
-    cohort. `selection` is "random", by seed and round alone, or "round_robin", by `turns` as in `next_in_turn`.
+    cohort. `selection` is "random", by seed and round alone; "round_robin" or "staleness", by `turns` as in `next_in_turn` and
+    `draw_by_staleness`; or "importance", by a policy as in `draw_by_importance`.
     """
     alive = candidates.alive
     if is_settling and candidates.expected:
@@ -110,8 +158,18 @@ def select(
             (), f"waiting for {needed} free clients: {_some(taken)} at work for another run", waits_for_busy=True
         )
     count = num_selected(size, over_selection)
-    cohort = draw(seed, round, free, count) if selection == "random" else next_in_turn(seed, free, count, turns or {})
-    return Selection(tuple(cohort), f"selected {len(cohort)} of {len(alive)} clients")
+    correction = None
+    match selection:
+        case "round_robin":
+            cohort = next_in_turn(seed, free, count, turns or {})
+        case "staleness":
+            cohort = draw_by_staleness(seed, round, free, count, turns or {})
+        case "importance":
+            assert importance is not None, "a draw by importance needs its policy"
+            cohort, correction = draw_by_importance(seed, round, free, count, importance)
+        case _:
+            cohort = draw(seed, round, free, count)
+    return Selection(tuple(cohort), f"selected {len(cohort)} of {len(alive)} clients", correction=correction)
 
 
 def _some(names: Collection[str], most: int = 5) -> str:

@@ -29,7 +29,7 @@ from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
-from fed_server.rounds.policy import run_grid_policy, server_optimizer
+from fed_server.rounds.policy import importance_policy, run_grid_policy, server_optimizer
 from fed_server.rounds.risk import risk_notice
 from fed_server.rounds.run import LiveRun
 from fed_server.rounds.signal import Signal
@@ -507,6 +507,7 @@ class Coordinator:
             is_settling=self._facilities.clock.monotonic() - membership.started < SETTLE_SECONDS,
             selection=cohort.selection,
             turns=run.turns,
+            importance=importance_policy(run.config, run.reports),
         )
 
     def _candidates(self, run: LiveRun) -> Candidates:

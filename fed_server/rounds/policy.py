@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.registry import EncodingConfig
 from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
@@ -17,7 +19,8 @@ from fed_server.config import (
 from fed_server.optim.base import ServerOptimizer
 from fed_server.optim.registry import make_optimizer
 from fed_server.optim.schedule import NO_PLATEAU, Plateau, rate_factor, update_plateau
-from fed_server.rounds.cohort import num_selected
+from fed_server.rounds.cohort import ImportancePolicy, num_selected
+from fed_server.rounds.importance import SiteReport
 from fed_server.rounds.stop import StopRules
 from fed_server.store.base import AssignmentKind, AssignmentRecord, Metrics
 
@@ -83,6 +86,24 @@ def run_grid_policy(config: RunConfig) -> GridPolicy:
     """The grid policy of a run. Raises ConfigError where it would be too coarse."""
     limit = num_selected(config.cohort.size, config.cohort.over_selection)
     return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
+
+
+# Part of the chances that a draw by importance deals out whatever the losses are, where the config does not say.
+_EQUAL_PART = 0.2
+
+
+def importance_policy(config: RunConfig, reports: Mapping[str, SiteReport]) -> ImportancePolicy | None:
+    """What a draw by importance goes by; None where the run draws otherwise. `reports` is what sites said with their last
+    updates."""
+    if config.cohort.selection != "importance":
+        return None
+    return ImportancePolicy(
+        reports=reports,
+        equal_part=config.cohort.equal_part or _EQUAL_PART,
+        importance=config.aggregation.importance,
+        by_examples=config.aggregation.weighting == "examples",
+        max_weight=run_grid_policy(config).max_weight,
+    )
 
 
 def stop_rules(config: RunConfig) -> StopRules:

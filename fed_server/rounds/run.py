@@ -23,6 +23,7 @@ from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec
 from fed_server.aggregation.base import Aggregator, AggregatorSetting
+from fed_server.aggregation.corrected import Corrected
 from fed_server.aggregation.exact import SumMemory
 from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.merge_rules import merge_rules
@@ -38,6 +39,7 @@ from fed_server.rounds.cohort import Turns, broadcast_seed, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
 from fed_server.rounds.downlink import lattice_for
 from fed_server.rounds.folding import Folding
+from fed_server.rounds.importance import SiteReport
 from fed_server.rounds.metrics import mean_metrics
 from fed_server.rounds.policy import (
     learning_rate,
@@ -105,6 +107,8 @@ class LiveRun:
         """When each site was asked to train, by name."""
         self.members: set[str] = set()
         """Who has sent an update, by name; kept where the population is limited."""
+        self.reports: dict[str, SiteReport] = {}
+        """What each site said with its last update, by name."""
         self._grid_policy: GridPolicy = run_grid_policy(config)
         self._max_abs: tuple[int, dict[str, float]] | None = None
         self._sum_memory = SumMemory()
@@ -176,6 +180,7 @@ class LiveRun:
             max_weight=self._grid_policy.max_weight,
             importance=self.config.aggregation.importance.get(self._surroundings.name_of(assignment.client_id), 1),
             is_normalized=self._is_normalized,
+            fixed_weight=self.round.weights.get(self._surroundings.name_of(assignment.client_id)),
         )
 
     @property
@@ -200,10 +205,13 @@ class LiveRun:
             if rounds and rounds[-1].state not in (RoundState.COMMITTED, RoundState.FAILED):
                 self.round = rounds[-1]
                 self.assignments = {a.assignment_id: a for a in tx.assignments(self.run_id, rounds[-1].round)}
-            if self.config.cohort.selection == "round_robin":
-                self._note_selected(tx.assignments(self.run_id))
             if population(self.config) is not None:
                 self._note_members(tx.assignments(self.run_id))
+            if self.config.cohort.selection != "random":
+                earlier = tx.assignments(self.run_id)
+                self._note_selected(earlier)
+                for assignment in earlier:
+                    self._note_report(assignment)
 
         await self._facilities.workers.store(read)
         path = self._facilities.files.model_path(self.run_id, self.record.model_version)
@@ -234,6 +242,13 @@ class LiveRun:
             for a in assignments
             if a.kind is AssignmentKind.TRAIN and a.state is AssignmentState.RECEIVED
         }
+
+    def _note_report(self, assignment: AssignmentRecord) -> None:
+        if assignment.kind is AssignmentKind.TRAIN and assignment.state is AssignmentState.RECEIVED:
+            name = self._surroundings.name_of(assignment.client_id)
+            if name not in self.reports or self.reports[name].round <= assignment.round:
+                loss = assignment.metrics.get("loss")
+                self.reports[name] = SiteReport(assignment.round, loss, assignment.num_examples)
 
     async def _set_aside(self, assignment: AssignmentRecord, reason: str) -> None:
         """An acknowledged update that the disk lost: it no longer counts, by name."""
@@ -387,6 +402,7 @@ class LiveRun:
         goal = min(cohort_config.size, len(selection.cohort))
         now = self._facilities.clock.now()
         await self._tick()
+        correction = selection.correction
         opened = RoundRecord(
             run_id=self.run_id,
             round=number,
@@ -397,6 +413,9 @@ class LiveRun:
             goal=goal,
             quorum=min(cohort_config.quorum, goal),
             grid=make_grid(self.specs, self._max_abs[1], self._grid_policy),
+            weights=dict(correction.weights) if correction else {},
+            weight_unit=correction.unit if correction else 0,
+            chances=dict(correction.chances) if correction else {},
             phase_seconds={RoundState.SELECTING: self._waited_seconds},
         )
         ids = self._surroundings.client_ids(selection.cohort)
@@ -836,6 +855,7 @@ class LiveRun:
             await self._write(self.record, None, [received])
             self._note_members([received])
             self._folding.put(received)
+            self._note_report(received)
         self._surroundings.assignments_changed([received])
         return received
 
@@ -973,6 +993,8 @@ class LiveRun:
         scratch_folder = self._facilities.files.scratch_folder
         setting = AggregatorSetting(self.specs, self.round.grid, rules, scratch_folder, self._sum_memory)
         aggregator = new_aggregator(setting, aggregation)
+        if self.round.weight_unit:
+            return Corrected(aggregator, self.round.weight_unit)
         return Normalized(aggregator) if self._is_normalized else aggregator
 
     # Metrics

@@ -116,6 +116,11 @@ class RoundRecord:
     model_version: int | None = None
     # Tensor name -> exponent of its grid, fixed when the round opens.
     grid: dict[str, int] = field(default_factory=dict)
+    # Where the cohort was drawn by importance: client name -> weight of its update, the weight that stands for 1, and client
+    # name -> chance that it had. Fixed when the round opens; empty and 0 otherwise.
+    weights: dict[str, int] = field(default_factory=dict)
+    weight_unit: int = 0
+    chances: dict[str, float] = field(default_factory=dict)
     # Phase name -> seconds of uptime spent in it.
     phase_seconds: dict[str, float] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)

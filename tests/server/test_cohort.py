@@ -8,7 +8,17 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_server.rounds.cohort import Candidates, Selection, Turns, client_seed, draw, next_in_turn, num_selected, select
+from fed_server.rounds.cohort import (
+    Candidates,
+    Selection,
+    Turns,
+    client_seed,
+    draw,
+    draw_by_staleness,
+    next_in_turn,
+    num_selected,
+    select,
+)
 
 NAMES = frozenset(f"site-{i}" for i in range(10))
 
@@ -60,6 +70,37 @@ def test_in_turn_a_newcomer_and_who_was_away_come_first_and_then_wait_like_all()
         "site-0",
         "site-1",
     ]
+
+
+def test_by_staleness_the_first_is_drawn_with_chances_in_proportion_to_the_rounds_since_it_was_asked() -> None:
+    turns = {"a": Turns(4001, 1), "b": Turns(4000, 1), "c": Turns(3998, 1)}
+    times = dict.fromkeys("abc", 0)
+    for seed in range(4000):
+        [name] = draw_by_staleness(seed, 4002, ["c", "a", "b"], 1, turns)
+        times[name] += 1
+    for name, age in (("a", 1), ("b", 2), ("c", 4)):
+        assert abs(times[name] - 4000 * age / 7) < 4.5 * (4000 * age / 7 * (1 - age / 7)) ** 0.5
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(1, 12))
+def test_by_staleness_nobody_waits_for_long_and_cohorts_are_not_always_the_same(seed: int, count: int) -> None:
+    turns: dict[str, Turns] = {}
+    waited = dict.fromkeys(NAMES, 0)
+    cohorts = []
+    for round in range(1, 41):
+        chosen = choose(
+            Candidates(NAMES), seed=seed, round=round, size=count, selection="staleness", turns=turns
+        ).cohort
+        assert list(chosen) == sorted(set(chosen))
+        assert len(chosen) == min(count, len(NAMES))
+        cohorts.append(chosen)
+        for name in NAMES:
+            waited[name] = 0 if name in chosen else waited[name] + 1
+        turns |= {name: Turns(round, 0) for name in chosen}
+        # Turns would come every 10 / count rounds.
+        assert max(waited.values()) <= 60 / count
+    # In turn, ten rounds would be as the ten before.
+    assert count >= len(NAMES) or cohorts[20:30] != cohorts[30:40]
 
 
 def test_seeds_of_clients_differ_by_run_round_and_name() -> None:

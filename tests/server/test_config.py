@@ -189,6 +189,7 @@ EVERY_OPTION += [
     f'{MINIMAL}uplink = {{ kind = "eden", bits = 3, unbiased = false }}\n',
     f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, first_error = 0.01 }}\n',
     f'{MINIMAL}downlink = {{ kind = "raw" }}\n',
+    f'{MINIMAL}cohort.selection = "importance"\ncohort.equal_part = 0.5\n',
 ]
 
 
@@ -265,6 +266,31 @@ def test_rules_that_compare_updates_say_what_the_cohort_lacks() -> None:
         ConfigError, match=r"num_averaged: expected at most cohort.quorum - num_byzantine - 2 = 3, got 4; bad"
     ):
         parse_run_config(small + 'aggregation = { kind = "multi_krum", num_byzantine = 2, num_averaged = 4 }')
+
+
+def test_a_draw_by_importance_is_for_a_mean_whose_weights_are_known_before() -> None:
+    importance = MINIMAL + 'cohort.selection = "importance"\n'
+    for text, problem in (
+        (
+            "cohort.over_selection = 1.5",
+            r'cohort\.over_selection: expected 1 with selection = "importance", got 1.5; who is slow',
+        ),
+        (
+            'aggregation = { kind = "median", num_byzantine = 1 }\ncohort.quorum = 3',
+            r"cohort\.selection: .* median is no mean",
+        ),
+        ('aggregation = { kind = "mean", weighting = "custom" }', r'aggregation\.weighting: .* take "examples"'),
+        (
+            'aggregation = { kind = "mean", max_weight = 9 }',
+            r"aggregation\.max_weight: has no effect with cohort.selection",
+        ),
+        ('training.objective.kind = "fednova"', r"training\.objective: fednova needs more than a mean"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            parse_run_config(importance + text)
+        parse_run_config(MINIMAL + text)
+    with pytest.raises(ConfigError, match=r'cohort\.equal_part: has no effect without selection = "importance"'):
+        parse_run_config(MINIMAL + "cohort.equal_part = 0.5")
 
 
 def test_quorum_and_min_clients_follow_from_the_size() -> None:

@@ -96,6 +96,9 @@ ROUND = RoundRecord(
     quorum=2,
     model_version=1,
     grid={"layer.weight": -48},
+    weights={"site": 2**40},
+    weight_unit=2**17,
+    chances={"site": 0.1},
     phase_seconds={"training": 0.25},
     metrics={"loss": 1e-300, "perplexity": float("inf")},
 )
