@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fed_core.codecs.base import BoundedDecoder, TensorDecoder
+from fed_core.codecs.base import TensorDecoder, is_bounded
 from fed_core.codecs.registry import codec_named
 from fed_core.errors import NotFiniteError, PayloadError, UpdateRefusedError
 from fed_core.payload.manifest import RAW, Manifest, SegmentSpan, TensorEntry, split_bundle
@@ -139,7 +139,7 @@ class ValueChecker:
     def _check(self, entry: TensorEntry, decoder: TensorDecoder, first: int, count: int, body: memoryview) -> None:
         dtype, bound = torch_dtype(entry.spec.dtype), self._expected.bounds.get(entry.spec.name, math.inf)
         try:
-            if isinstance(decoder, BoundedDecoder) and decoder.bound(body, count) <= min(bound, torch.finfo(dtype).max):
+            if is_bounded(decoder) and decoder.bound(body, count) <= min(bound, torch.finfo(dtype).max):
                 return
             tile = torch.empty(count, dtype=dtype)
             decoder.decode(first, body, tile)

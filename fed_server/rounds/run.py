@@ -949,11 +949,12 @@ class LiveRun:
         """One transaction, then the same in memory. False where the run has ended in the meantime and nothing was written."""
         if self.record.state is not RunState.ACTIVE:
             return False
-        changed = list(assignments)
+        changed, is_record_new = list(assignments), record is not self.record
         traffic = [a for a in self.assignments.values() if a.assignment_id not in {c.assignment_id for c in changed}]
 
         def write(tx: Transaction) -> None:
-            tx.put(record)
+            if is_record_new:
+                tx.put(record)
             if round is not None:
                 tx.put(round)
             for model in models:

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -117,8 +118,8 @@ class TransferService:
             raise OffsetError(f"offset {request.offset} of a payload of {payload.num_bytes} bytes", offset=0)
         async with self._slot():
             try:
-                file = await self._workers.disk(
-                    os.open, self._files.payload_path(payload.digest), os.O_RDONLY | os.O_CLOEXEC
+                file, chunks = await self._workers.disk(
+                    _open_payload, self._files.payload_path(payload.digest), request.offset
                 )
             except FileNotFoundError:
                 await run.broadcasts.lose(payload)
@@ -129,7 +130,7 @@ class TransferService:
                 first = transfer_pb2.DownloadResponse(header=header).SerializeToString()
                 await context.write(first)
                 run.count_traffic(assignment.assignment_id, downlink_wire_bytes=len(first) + _FRAMING_BYTES)
-                for offset, length in await self._workers.disk(_chunks_from, file, request.offset):
+                for offset, length in chunks:
                     frame = await self._frames.get(payload.digest, file, offset, length)
                     async with asyncio.timeout(STALL_SECONDS):
                         await context.write(frame)
@@ -177,6 +178,7 @@ class TransferService:
                 header.payload.total_bytes,
                 largest_upload(run.record.model_bytes),
             )
+            is_at_rest = False
             try:
                 await self._workers.disk(upload.open, header.offset)
                 await self._take_chunks(requests, upload, assignment)
@@ -184,6 +186,7 @@ class TransferService:
                 current = await self._find(assignment.assignment_id)
                 if current.state is AssignmentState.OPEN:
                     manifest = await self._workers.disk(upload.finish)
+                    is_at_rest = True
                     current = await run.receive_update(
                         assignment.assignment_id, manifest=manifest, weight=upload.checker.weight
                     )
@@ -195,7 +198,8 @@ class TransferService:
                 await self._workers.disk(upload.discard)
                 raise
             finally:
-                await self._workers.disk(upload.close)
+                if not is_at_rest:
+                    await self._workers.disk(upload.close)
         failpoint("update-durable")
         return transfer_pb2.UploadResponse(receipt=_receipt(current))
 
@@ -262,11 +266,16 @@ class TransferService:
                 del self._streams[assignment_id]
 
 
-def _chunks_from(file: int, offset: int) -> list[tuple[int, int]]:
-    """Chunks that end with segments where they can, so that the receiver seldom joins two to check one."""
-    preamble = parse_preamble(os.pread(file, PREAMBLE_BYTES, 0))
-    manifest = parse_manifest(preamble, os.pread(file, preamble.manifest_bytes, PREAMBLE_BYTES))
-    return list(plan_chunks(manifest, offset))
+def _open_payload(path: Path, offset: int) -> tuple[int, list[tuple[int, int]]]:
+    """The open file, and its chunks: they end with segments where they can, so that the receiver seldom joins two to check one."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        preamble = parse_preamble(os.pread(file, PREAMBLE_BYTES, 0))
+        manifest = parse_manifest(preamble, os.pread(file, preamble.manifest_bytes, PREAMBLE_BYTES))
+        return file, list(plan_chunks(manifest, offset))
+    except BaseException:
+        os.close(file)
+        raise
 
 
 def _read_frame(file: int, offset: int, length: int) -> bytes:
