@@ -23,6 +23,7 @@ _WIRE_OF_OBJECTIVE: Final = {
     "plain": common_pb2.OBJECTIVE_KIND_PLAIN,
     "fedprox": common_pb2.OBJECTIVE_KIND_FEDPROX,
     "fednova": common_pb2.OBJECTIVE_KIND_FEDNOVA,
+    "feddyn": common_pb2.OBJECTIVE_KIND_FEDDYN,
 }
 _OBJECTIVE_OF_WIRE: Final = {wire: kind for kind, wire in _WIRE_OF_OBJECTIVE.items()} | {
     common_pb2.OBJECTIVE_KIND_UNSPECIFIED: "plain"
@@ -60,7 +61,8 @@ class OptimizerPlan:
 @dataclass(frozen=True, slots=True)
 class ObjectivePlan:
     """What a client minimizes: "plain", the workload's loss; "fedprox", that plus strength / 2 |w - w received|^2; "fednova", the
-    same, with an update that is divided by the work behind it. Raises InvalidError for values out of range."""
+    same, with an update that is divided by the work behind it; "feddyn", as fedprox, less the inner product of w and the site's
+    variate, which it carries from round to round. Raises InvalidError for values out of range."""
 
     kind: str = "plain"
     strength: float = 0.0
@@ -69,6 +71,14 @@ class ObjectivePlan:
         _require(self.kind in _WIRE_OF_OBJECTIVE, "objective", self.kind, f"one of {', '.join(_WIRE_OF_OBJECTIVE)}")
         _require(0 <= self.strength < math.inf, "objective.strength", self.strength, "a number of at least 0")
         _require(self.kind != "plain" or not self.strength, "objective.strength", self.strength, "0 with plain")
+        _require(
+            self.kind != "feddyn" or self.strength > 0, "objective.strength", self.strength, "more than 0 with feddyn"
+        )
+
+    @property
+    def has_variate(self) -> bool:
+        """Whether a site carries something from round to round that its gradients are corrected by."""
+        return self.kind == "feddyn"
 
 
 @dataclass(frozen=True, slots=True)

@@ -321,7 +321,57 @@ class FedNovaConfig(_ProximalTable):
     )
 
 
-ObjectiveConfig = Annotated[PlainObjectiveConfig | FedProxConfig | FedNovaConfig, Field(discriminator="kind")]
+class VariateConfig(ConfigTable):
+    """What objectives have in common whose sites carry something from round to round: their sums go by the whole population."""
+
+    kind: str
+    population: Count = Field(
+        description="Sites that may take part over the run, those included that a round does not ask. Once so many have sent an "
+        "update, others are not asked any more.",
+        examples=[10],
+    )
+
+    def problems(self, run: RunConfig) -> dict[str, str]:
+        """What the rest of the run does not allow, by field."""
+        problems: dict[str, str] = {}
+        if self.population < run.cohort.min_clients:
+            problems["training.objective.population"] = (
+                f"expected at least cohort.min_clients ({run.cohort.min_clients}), got {self.population}; no round could begin: "
+                "raise it to the number of sites that may take part over the run, or lower min_clients"
+            )
+        if not isinstance(run.aggregation, MeanConfig):
+            problems["aggregation.kind"] = (
+                f"{self.kind} adds up what all sites send, and {run.aggregation.kind} leaves some of it out; take "
+                'aggregation.kind = "mean", or the objective "plain" or "fedprox"'
+            )
+        return problems
+
+
+class FedDynConfig(VariateConfig):
+    """The workload's loss, a pull towards the model received, and a term by which each site leans where its own data lead less and
+    less (FedDyn, Acar et al. 2021), for sites whose data differ. A site carries its variate from round to round."""
+
+    kind: Literal["feddyn"] = Field(
+        default="feddyn", description="Local losses bent until all sites agree on the minimum; sites carry a variate."
+    )
+    strength: float = Field(default=0.1, gt=0, le=1e6, description=_STRENGTH)
+
+    def problems(self, run: RunConfig) -> dict[str, str]:
+        """See `VariateConfig.problems`."""
+        problems = super().problems(run)
+        optimizer = run.server_optimizer
+        is_plain = isinstance(optimizer, ServerSgdConfig) and optimizer.learning_rate == 1
+        if not is_plain or optimizer.schedule != ConstantScheduleConfig():
+            problems["server_optimizer"] = (
+                'feddyn has a rule of its own for the server, in place of "sgd" with learning_rate = 1 and no schedule; delete '
+                "[server_optimizer], or take another objective"
+            )
+        return problems
+
+
+ObjectiveConfig = Annotated[
+    PlainObjectiveConfig | FedProxConfig | FedNovaConfig | FedDynConfig, Field(discriminator="kind")
+]
 LocalWorkConfig = Annotated[EpochsConfig | StepsConfig, Field(discriminator="kind")]
 OptimizerConfig = Annotated[SgdConfig | AdamConfig | AdamWConfig, Field(discriminator="kind")]
 OverridableField = Literal["batch_size", "learning_rate", "local_work", "optimizer"]
@@ -893,6 +943,8 @@ class RunConfig(ConfigTable):
                     "fednova scales what was combined by the mean of what the sites say of their work, and one bad site decides a "
                     'mean; take "plain" or "fedprox", or aggregation.kind = "mean"'
                 )
+        if isinstance(self.training.objective, VariateConfig):
+            problems |= self.training.objective.problems(self)
         if self.cohort.selection == "importance":
             problems |= self._importance_problems()
         if self.evaluation.at == "none":

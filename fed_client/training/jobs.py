@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fed_client.training.loop import train
-from fed_client.training.residual import RESIDUAL, FedBack, Update, write_with_feedback
+from fed_client.training.residual import RESIDUAL, Update, write_with_feedback
 from fed_client.training.trainer import MODEL_DAMAGED
+from fed_client.training.variates import VARIATE, NextVariate, read_corrections
 from fed_core.batches import check_metric_names, choose_device, evaluate, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
 from fed_core.codecs.registry import EncodingConfig, encoding_from_json
@@ -160,7 +161,18 @@ class SiteJobs:
         with _open_model(model_path, base_digest) as base:
             with reproducible(training.seed, training.num_threads):
                 model, specs = self._load(base, fingerprint, training.seed)
-            outcome = train(self._workload, model, self._train_data, training, self._device, on_progress)
+            corrections, problem = None, ""
+            if training.objective.has_variate:
+                corrections, problem = read_corrections(specs, carried.get(VARIATE))
+            outcome = train(
+                self._workload,
+                model,
+                self._train_data,
+                training,
+                self._device,
+                on_progress,
+                corrections=corrections,
+            )
             check_metric_names(outcome.metrics)
             info = UpdateInfo(
                 assignment_id=assignment_id,
@@ -175,30 +187,43 @@ class SiteJobs:
             update = _update(model, base, specs, outcome.normalizer)
         del model  # an encoding may need room, and the update is all that is left to do
 
-        def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
-            with reproducible(training.seed, training.num_threads), _published(Path(out_path)) as file:
-                try:
-                    return write_payload(
-                        file,
-                        kind=common_pb2.PAYLOAD_KIND_UPDATE,
-                        run_id=run_id,
-                        round=round,
-                        model_version=model_version,
-                        base_digest=bytes.fromhex(base_digest),
-                        update=info,
-                        tensors=tensors,
-                        encoding=encoding,
-                        seed=training.seed,
-                        on_decoded=on_decoded,
-                    )
-                except PayloadError as error:
-                    raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
+        left: dict[str, str] | None = None
+        not_carried = [problem] if problem else []
+        with ExitStack() as stack:
+            variate: NextVariate | None = None
+            if corrections is not None and carry_to is not None:
+                path = Path(f"{carry_to}.{VARIATE}")
+                variate = stack.enter_context(NextVariate(path, specs, corrections, training.objective.strength))
 
-        fed_back: FedBack | None = None
-        if encoding.wants_feedback and carry_to is not None:
-            residual = carried.get(RESIDUAL)
-            fed_back = write_with_feedback(write, update, residual, Path(f"{carry_to}.{RESIDUAL}"))
-        written = fed_back.written if fed_back is not None else write(update)
+            def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
+                keeping = [keep for keep in (on_decoded, variate.keep if variate else None) if keep is not None]
+                with reproducible(training.seed, training.num_threads), _published(Path(out_path)) as file:
+                    try:
+                        return write_payload(
+                            file,
+                            kind=common_pb2.PAYLOAD_KIND_UPDATE,
+                            run_id=run_id,
+                            round=round,
+                            model_version=model_version,
+                            base_digest=bytes.fromhex(base_digest),
+                            update=info,
+                            tensors=tensors,
+                            encoding=encoding,
+                            seed=training.seed,
+                            on_decoded=_each(keeping),
+                        )
+                    except PayloadError as error:
+                        raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
+
+            if encoding.wants_feedback and carry_to is not None:
+                fed_back = write_with_feedback(write, update, carried.get(RESIDUAL), Path(f"{carry_to}.{RESIDUAL}"))
+                written, left = fed_back.written, fed_back.carried
+                not_carried += fed_back.problems
+            else:
+                written = write(update)
+            if variate is not None:
+                left = (left or {}) | variate.finish()
+                not_carried += [variate.problem] if variate.problem else []
         return {
             "digest": written.digest.hex(),
             "total_bytes": written.total_bytes,
@@ -211,8 +236,8 @@ class SiteJobs:
             "is_partial": outcome.is_partial,
             "seconds": outcome.seconds,
             "metrics": dict(outcome.metrics),
-            "carried": fed_back.carried if fed_back is not None else None,
-            "not_carried": fed_back.problems if fed_back is not None else [],
+            "carried": left,
+            "not_carried": not_carried,
         }
 
     def _evaluate(
@@ -251,6 +276,16 @@ class SiteJobs:
             )
         load_tensors(model, payload.tensors(verify=True))
         return model.to(self._device), specs
+
+
+def _each(keeping: Sequence[OnDecoded]) -> OnDecoded | None:
+    """One that calls them all."""
+
+    def keep(spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
+        for each in keeping:
+            each(spec, codec, first, decoded)
+
+    return keep if keeping else None
 
 
 def _encoding(uplink: str) -> EncodingConfig:

@@ -39,11 +39,13 @@ def train(
     device: torch.device,
     on_progress: OnProgress | None = None,
     clock: Callable[[], float] = time.monotonic,
+    corrections: Mapping[str, Tensor] | None = None,
 ) -> TrainOutcome:
     """Trains a model in place; it is on `device`.
 
     The same plan, data, model, device and machine give the same bits: everything random hangs on `plan.seed`, the order of the
     data on a generator of its own. The time budget ends the training after the step in progress, so there is always one step.
+    `corrections` are added to the gradients of the parameters that they name, where the plan's objective has a variate.
     Raises InvalidError where there is nothing to train on.
     """
     num_available = num_examples(data)
@@ -60,7 +62,7 @@ def train(
     with reproducible(training_seed, plan.num_threads):
         model.train()
         optimizer = workload.optimizer(model, plan.optimizer)
-        objective = Objective(plan.objective, optimizer)
+        objective = Objective(plan.objective, model, optimizer, corrections)
         rates = [group["lr"] for group in optimizer.param_groups]
         for epoch, indices in _batches(num_available, plan.batch_size, order_seed):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

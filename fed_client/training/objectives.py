@@ -6,13 +6,23 @@ accumulation and several steps a batch included, as long as it steps with the op
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fed_core.errors import InvalidError
 from fed_core.plan import ObjectivePlan
+
+
+class _Pull(NamedTuple):
+    """What a parameter's gradient gains besides the loss's: strength * (parameter - received) + correction."""
+
+    parameter: Tensor
+    received: Tensor | None
+    correction: Tensor | None
 
 
 class Objective:
@@ -24,20 +34,37 @@ class Objective:
     FedNova (Wang et al. 2020, https://arxiv.org/abs/2007.07481, equation 4): the update is to be divided by |a|_1, the sum of the
     coefficients that the gradients have in it. We count the step sizes in, which may change within a round: for SGD with momentum m
     and step sizes n_k, a = sum over k of n_k (1 + m + ... + m^k), k from 0. Weight decay and the proximal term are not counted.
+
+    FedDyn (Acar et al. 2021, https://arxiv.org/abs/2111.04263, algorithm 1): as FedProx, and the site's variate is taken off the
+    gradient (variates.py). Memory: two more copies of the parameters.
     """
 
-    def __init__(self, plan: ObjectivePlan, optimizer: Optimizer) -> None:
-        """Raises InvalidError where the objective asks for what the optimizer is not."""
+    def __init__(
+        self,
+        plan: ObjectivePlan,
+        model: nn.Module,
+        optimizer: Optimizer,
+        corrections: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`corrections` are added to the gradients, by the names of the model's parameters. Raises InvalidError where the objective
+        asks for what the optimizer is not."""
         self._plan = plan
         self._num_steps = 0
         self._share = self._work = 0.0
         if plan.kind == "fednova":
             _check_sgd(optimizer)
-        self._received = (
-            [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            if plan.strength
-            else []
-        )
+        named = dict(model.named_parameters(remove_duplicate=False))
+        of_parameter = {
+            named[name]: correction.to(named[name])
+            for name, correction in (corrections or {}).items()
+            if correction.any()
+        }
+        self._pulls = [
+            _Pull(parameter, parameter.detach().clone() if plan.strength else None, of_parameter.get(parameter))
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and (plan.strength or parameter in of_parameter)
+        ]
         if plan.kind != "plain":
             optimizer.register_step_pre_hook(self._before_step)
 
@@ -53,9 +80,16 @@ class Objective:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._num_steps += 1
         with torch.no_grad():
-            for parameter, received in self._received:
-                if parameter.grad is not None:
+            for parameter, received, correction in self._pulls:
+                if parameter.grad is None:
+                    if correction is None:
+                        continue
+                    # The loss does not depend on it in this step; what it is corrected by does not know that.
+                    parameter.grad = torch.zeros_like(parameter)
+                if received is not None:
                     parameter.grad.add_(parameter.sub(received).mul_(self._plan.strength))
+                if correction is not None:
+                    parameter.grad.add_(correction)
         if self._plan.kind == "fednova":
             group = optimizer.param_groups[0]
             self._share = group["momentum"] * self._share + 1.0

@@ -19,21 +19,18 @@ no sum of updates.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Final, Self
+from typing import Final
 
 from torch import Tensor
 
-from fed_client.durable import publish
+from fed_client.training.leaving import LeftFile
 from fed_core.codecs.floating import is_lossy_parameter
 from fed_core.errors import PayloadError
 from fed_core.payload.writer import OnDecoded, Written
-from fed_core.safetensors_tiles import SafetensorsReader, SafetensorsWriter, tensors_digest
+from fed_core.safetensors_tiles import SafetensorsReader, tensors_digest
 from fed_core.specs import TensorSpec, explain_difference
 from fed_core.tensors import apply_difference, difference
 
@@ -93,70 +90,30 @@ def write_with_feedback(
     problems = [add_residual(update, Path(residual[0]), residual[1])] if residual is not None else []
     with _NextResidual(next_residual, update) as following:
         written = write(update, following.keep)
-        carried = following.finish(written.fidelity.error)
+        carried = following.finish_unless(written.fidelity.error)
     return FedBack(written, carried, [problem for problem in (*problems, following.problem) if problem])
 
 
-class _NextResidual:
-    """Writes what the encoding of an update loses, as the tiles of it are decoded. `problem` says why there is nothing to carry
-    over; a disk that is full or broken costs the residual and not the training.
+class _NextResidual(LeftFile):
+    """Writes what the encoding of an update loses, as the tiles of it are decoded.
 
     Memory: a few tiles; a tensor that does not lie in memory in the order of its coordinates is copied.
     """
 
     def __init__(self, path: Path, update: Sequence[tuple[TensorSpec, Tensor]]) -> None:
-        """The file gets its name, `path`, by `finish`. `update` is what is encoded, and stays as it is until then."""
-        self.problem = ""
-        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
-        self._file: BinaryIO | None = None
+        """`update` is what is encoded, and stays as it is until `finish`."""
         self._exact = {spec.name: change.reshape(-1) for spec, change in update if has_residual(spec)}
-        with self._sparing_the_training():
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            self._file = self._temporary.open("wb")
-            self._writer = SafetensorsWriter(self._file, [spec for spec, _ in update if has_residual(spec)])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._give_up("")
+        super().__init__(RESIDUAL, path, [spec for spec, _ in update if has_residual(spec)])
 
     def keep(self, spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
         """Takes what a receiver will decode (`write_payload`, on_decoded)."""
         exact = self._exact.get(spec.name)
         if exact is not None and not self.problem:
-            with self._sparing_the_training():
-                self._writer.write_tile(spec.name, first, difference(exact[first : first + len(decoded)], decoded))
+            self.write_tile(spec.name, first, difference(exact[first : first + len(decoded)], decoded))
 
-    def finish(self, error: float) -> dict[str, str]:
-        """Makes the residual durable under its name, all tiles being there: {kind: digest in hex}, for the record of what is
-        carried over. Nothing where there was a problem. `error` is |x - x'|^2 / |x|^2 over the update: at 1 and above the encoding
-        does more harm than sending nothing, and its residual would grow from round to round."""
+    def finish_unless(self, error: float) -> dict[str, str]:
+        """`finish`, unless the code did more harm than sending nothing: `error` is |x - x'|^2 / |x|^2 over the update, and at 1 and
+        above its residual would grow from round to round."""
         if error >= 1 and not self.problem:
-            self._give_up(f"the encoding lost more than all there was, its error is {error:.3g}")
-        if self._file is not None:
-            with self._sparing_the_training():
-                self._writer.finish()
-                os.fsync(self._file.fileno())
-                digest = tensors_digest(self._temporary).hex()
-                publish(self._temporary, self._path)
-                return {RESIDUAL: digest}
-        return {}
-
-    @contextmanager
-    def _sparing_the_training(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._give_up(f"the residual cannot be written: {error}")
-
-    def _give_up(self, problem: str) -> None:
-        """Nothing is left of what was not published, least of all the room that it took."""
-        self.problem = self.problem or problem
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        with suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
+            self.give_up(f"the encoding lost more than all there was, its error is {error:.3g}")
+        return self.finish()

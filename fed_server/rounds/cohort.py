@@ -7,7 +7,7 @@ where the data is the same, the same bits.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log
 from typing import NamedTuple
 
@@ -109,6 +109,19 @@ class Candidates:
     reserved: frozenset[str] = frozenset()
     expected: frozenset[str] = frozenset()
     unlike: tuple[tuple[str, str], ...] = ()
+
+
+def within_population(candidates: Candidates, members: Collection[str], limit: int) -> Candidates:
+    """Those of the candidates that a run of at most `limit` sites may ask: its `members`, who have sent an update, and as many
+    others as there is room for, the first by name."""
+    newcomers = sorted(candidates.alive - set(members))
+    left_out = frozenset(newcomers[max(0, limit - len(members)) :])
+    why = f"is not of the run's population, which is {limit} sites"
+    return replace(
+        candidates,
+        alive=candidates.alive - left_out,
+        unlike=(*candidates.unlike, *((name, why) for name in sorted(left_out))),
+    )
 
 
 @dataclass(frozen=True)

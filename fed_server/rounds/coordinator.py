@@ -26,10 +26,10 @@ from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RobustConfig, RunConfig, parse_run_config
 from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
-from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select
+from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select, within_population
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
-from fed_server.rounds.policy import importance_policy, run_grid_policy, server_optimizer
+from fed_server.rounds.policy import importance_policy, population, run_grid_policy, server_optimizer
 from fed_server.rounds.risk import risk_notice
 from fed_server.rounds.run import LiveRun
 from fed_server.rounds.signal import Signal
@@ -528,9 +528,11 @@ class Coordinator:
                     unlike.append((client.name, mismatch))
             if any(a.kind is AssignmentKind.TRAIN for a in self._open.get(client.client_id, {}).values()):
                 busy.add(client.name)
-        return Candidates(
+        candidates = Candidates(
             frozenset(alive), busy=frozenset(busy), expected=frozenset(expected), unlike=tuple(sorted(unlike))
         )
+        limit = population(run.config)
+        return candidates if limit is None else within_population(candidates, run.members, limit)
 
     def client_ids(self, names: Iterable[str]) -> dict[str, str]:
         """Ids of clients by name."""

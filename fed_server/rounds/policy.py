@@ -10,13 +10,16 @@ from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
 from fed_server.aggregation.grid import GridPolicy, grid_policy
 from fed_server.config import (
     EpochsConfig,
+    FedDynConfig,
     ObjectiveConfig,
     PlainObjectiveConfig,
     PlateauScheduleConfig,
     RobustConfig,
     RunConfig,
+    VariateConfig,
 )
 from fed_server.optim.base import ServerOptimizer
+from fed_server.optim.dynamic import Dynamic
 from fed_server.optim.registry import make_optimizer
 from fed_server.optim.schedule import NO_PLATEAU, Plateau, rate_factor, update_plateau
 from fed_server.rounds.cohort import ImportancePolicy, num_selected
@@ -59,10 +62,18 @@ def learning_rate(config: RunConfig, round: int, plateau: Plateau = NO_PLATEAU) 
     return training.optimizer.learning_rate * rate_factor(training.schedule, round, config.schedule.max_rounds, plateau)
 
 
-def server_optimizer(config: RunConfig, round: int) -> ServerOptimizer:
-    """The server's optimizer with the learning rate of a round."""
-    optimizer = config.server_optimizer
+def server_optimizer(config: RunConfig, round: int, num_updates: int = 1) -> ServerOptimizer:
+    """The server's optimizer with the learning rate of a round that so many updates came to."""
+    optimizer, objective = config.server_optimizer, config.training.objective
+    if isinstance(objective, FedDynConfig):
+        return Dynamic(num_updates / objective.population)
     return make_optimizer(optimizer, rate_factor(optimizer.schedule, round, config.schedule.max_rounds))
+
+
+def population(config: RunConfig) -> int | None:
+    """Sites that may take part over the run; None where any may."""
+    objective = config.training.objective
+    return objective.population if isinstance(objective, VariateConfig) else None
 
 
 def plateau_after(config: RunConfig, plateau: Plateau, round: int, metrics: Metrics) -> Plateau:

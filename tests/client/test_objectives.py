@@ -127,10 +127,10 @@ def test_only_fednova_divides() -> None:
     assert trained(plan(ObjectivePlan("fednova"), steps=3, epochs=None))[0].normalizer == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("kind", ["fedprox", "fednova"])
+@pytest.mark.parametrize("kind", ["fedprox", "fednova", "feddyn"])
 def test_a_workload_that_steps_by_itself_is_told(kind: str) -> None:
     with pytest.raises(InvalidError, match=r"did not call optimizer.step\(\)"):
-        trained(plan(ObjectivePlan(kind)), ByHand())
+        trained(plan(ObjectivePlan(kind, 0.1)), ByHand())
     trained(plan(ObjectivePlan()), ByHand())
 
 

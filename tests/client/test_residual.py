@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fed_client.training import residual as module
+from fed_client.training import leaving
 from fed_client.training.residual import RESIDUAL, FedBack, Update, add_residual, has_residual, write_with_feedback
 from fed_core.codecs.base import Encoding
 from fed_core.codecs.fsq import FsqConfig
@@ -319,7 +319,7 @@ def test_a_full_disk_costs_the_residual_and_not_the_update(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.SafetensorsWriter, step, full)
+    monkeypatch.setattr(leaving.SafetensorsWriter, step, full)
     rounds.number, rounds.residual = 0, None
     _, _, fed_back = rounds.next()
     assert fed_back.written.digest == well.written.digest

@@ -28,7 +28,9 @@ optimizers = st.one_of(
 )
 counts = st.integers(1, 2**31 - 1)
 objectives = st.one_of(
-    st.just(ObjectivePlan()), st.builds(ObjectivePlan, kind=st.just("fedprox"), strength=st.floats(0, 1e6))
+    st.just(ObjectivePlan()),
+    st.builds(ObjectivePlan, kind=st.just("fedprox"), strength=st.floats(0, 1e6)),
+    st.builds(ObjectivePlan, kind=st.just("feddyn"), strength=st.floats(1e-6, 1e6)),
 )
 plans = st.builds(
     lambda work, **rest: TrainingPlan(**work, **rest),
@@ -82,6 +84,11 @@ def test_a_part_that_only_a_newer_client_could_override_is_left_out() -> None:
     message = PLAN.to_proto()
     message.overridable.append(99)  # type: ignore[arg-type]
     assert TrainingPlan.from_proto(message) == PLAN
+
+
+def test_feddyn_without_strength_is_refused() -> None:
+    with pytest.raises(InvalidError, match=r"objective\.strength is 0\.0, expected more than 0 with feddyn"):
+        ObjectivePlan("feddyn")
 
 
 def test_momentum_belongs_to_sgd() -> None:

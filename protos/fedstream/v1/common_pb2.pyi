@@ -197,6 +197,8 @@ class _ObjectiveKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Objecti
     """FedProx: the workload's loss plus strength / 2 times the squared distance from the model received."""
     OBJECTIVE_KIND_FEDNOVA: _ObjectiveKind.ValueType  # 3
     """FedNova: as FedProx, and the update is divided by the work behind it (UpdateInfo.normalizer)."""
+    OBJECTIVE_KIND_FEDDYN: _ObjectiveKind.ValueType  # 4
+    """FedDyn: as FedProx, less the inner product of the parameters with the site's variate, which it carries from round to round."""
 
 class ObjectiveKind(_ObjectiveKind, metaclass=_ObjectiveKindEnumTypeWrapper):
     """What a client minimizes, and how it scales what it sends."""
@@ -209,6 +211,8 @@ OBJECTIVE_KIND_FEDPROX: ObjectiveKind.ValueType  # 2
 """FedProx: the workload's loss plus strength / 2 times the squared distance from the model received."""
 OBJECTIVE_KIND_FEDNOVA: ObjectiveKind.ValueType  # 3
 """FedNova: as FedProx, and the update is divided by the work behind it (UpdateInfo.normalizer)."""
+OBJECTIVE_KIND_FEDDYN: ObjectiveKind.ValueType  # 4
+"""FedDyn: as FedProx, less the inner product of the parameters with the site's variate, which it carries from round to round."""
 Global___ObjectiveKind: _TypeAlias = ObjectiveKind  # noqa: Y015
 
 class _PlanField:
@@ -478,7 +482,7 @@ class ObjectivePlan(_message.Message):
     kind: Global___ObjectiveKind.ValueType
     """Which one. A client refuses an assignment with one that it does not know."""
     strength: _builtins.float
-    """Strength of the pull towards the model received (mu in the FedProx paper), at least 0."""
+    """Strength of the pull towards the model received (mu in the FedProx paper, alpha in FedDyn's), at least 0; more than 0 for FedDyn."""
     def __init__(
         self,
         *,
