@@ -1,14 +1,16 @@
 """Bytes to accuracy: federated averaging on MNIST with the real coordinator and the real client code, all bytes counted.
 
-    python -m benchmarks.bytes_to_accuracy [--rows auto ...] [--split iid] [--participation 0.1] [--seeds 0 1 2] [--rounds 40]
+    python -m benchmarks.bytes_to_accuracy [--rows auto ...] [--model 2nn] [--split iid] [--participation 0.1] [--epochs 5]
+                                           [--seeds 0 1 2] [--rounds 40]
     python -m benchmarks.bytes_to_accuracy --quick
     python -m benchmarks.bytes_to_accuracy --tune
 
-100 sites, E = 5, B = 10, the network with two hidden layers (examples/mnist). The coordinator is a fed-server process that
-evaluates every version on the 10,000 test images; the sites share a process (benchmarks/simulated_sites.py) and talk to it over
-loopback. Rows of one seed have the same split, cohorts, first model and order of the data. Bytes are the coordinator's own count of
-bulk traffic, whatever it was needed for; the bytes of the sockets, control messages included, stand beside it. Each run is
-merged into benchmarks/results/bytes_to_accuracy.json when it ends; what was never run is listed as "not run".
+100 sites, E = 5, B = 10; the network with two hidden layers, or the one with convolutions (examples/mnist). The coordinator is a
+fed-server process that evaluates every version on the 10,000 test images; the sites share a process (benchmarks/simulated_sites.py)
+and talk to it over loopback. Rows of one seed have the same split, cohorts, first model and order of the data. Bytes are the
+coordinator's own count of bulk traffic, whatever it was needed for; the bytes of the sockets, control messages included, stand
+beside it. Each run is merged into benchmarks/results/bytes_to_accuracy.json when it ends; what was never run is listed as "not
+run".
 
 Data: DIR of --data (default: FEDSTREAM_DATA, else ../shared/data beside the repository) holds `mnist` with the four IDX files.
 """
@@ -33,7 +35,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
@@ -44,16 +46,26 @@ from rich.table import Table
 ROOT: Final = Path(__file__).parent.parent
 RESULT: Final = Path(__file__).parent / "results" / "bytes_to_accuracy.json"
 IMAGE: Final = ROOT / "docs" / "images" / "bytes_to_accuracy.png"
-WORKLOAD: Final = f"{ROOT / 'examples' / 'mnist' / 'workload.py'}:TwoNN"
-"""What the coordinator evaluates with; the sites' differs in the speed of a step."""
-SITES_WORKLOAD: Final = f"{Path(__file__).parent / 'two_layers.py'}:WrittenOutTwoNN"
+_WORKLOADS: Final = ROOT / "examples" / "mnist" / "workload.py"
+WORKLOADS: Final = {"2nn": f"{_WORKLOADS}:TwoNN", "cnn": f"{_WORKLOADS}:CNN"}
+"""What the coordinator evaluates with."""
+SITES_WORKLOADS: Final = WORKLOADS | {"2nn": f"{Path(__file__).parent / 'two_layers.py'}:WrittenOutTwoNN"}
+"""The sites' may differ in the speed of a step."""
 
 NUM_SITES: Final = 100
 NUM_HELD_OUT: Final = 5000
 GRID: Final = (0.05, 0.1, 0.2)
-LEARNING_RATES: Final = {"iid": 0.2, "shards": 0.2}
-"""The best of the grid for `raw`, seed 0, on held-out training images (--tune); looked for with the split iid alone."""
-TARGETS: Final = {"iid": (0.97,), "shards": (0.9, 0.97)}
+LEARNING_RATES: Final = {"2nn": 0.2, "cnn": 0.1}
+"""2nn: the best of the grid for `raw`, seed 0, on held-out training images (--tune), looked for with the split iid alone. cnn: the
+middle of the grid, nothing looked for."""
+TARGETS: Final = {
+    ("2nn", "iid"): (0.97,),
+    ("2nn", "shards"): (0.9, 0.97),
+    ("cnn", "iid"): (0.99,),
+    ("cnn", "shards"): (0.99,),
+}
+ROUNDS: Final = {("2nn", "iid"): 40, ("2nn", "shards"): 100, ("cnn", "iid"): 35, ("cnn", "shards"): 100}
+"""By model and split, at 10 % a round."""
 NUM_FINAL: Final = 10
 NUM_SEEDS: Final = 3
 
@@ -82,6 +94,12 @@ _FILES: Final = (
 _STUDENT: Final = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
+Key: TypeAlias = tuple[str, str, float, int, str, int]
+"""Model, split, participation, epochs, row and seed."""
+Setting: TypeAlias = tuple[str, str, float, int]
+"""The first four of them."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One run to be measured."""
@@ -93,20 +111,22 @@ class Case:
     rounds: int
     learning_rate: float
     is_tuning: bool = False
+    model: str = "2nn"
+    epochs: int = 5
 
     @property
-    def key(self) -> tuple[str, str, float, int]:
+    def key(self) -> Key:
         """What it is a repetition of where it is the same."""
-        return self.row, self.split, self.participation, self.seed
+        return self.model, self.split, self.participation, self.epochs, self.row, self.seed
 
     def config(self) -> str:
         """The run's TOML."""
         size = round(NUM_SITES * self.participation)
         return (
-            f'name = "bench"\nworkload = "mnist-2nn"\nseed = {self.seed}\n'
+            f'name = "bench"\nworkload = "mnist-{self.model}"\nseed = {self.seed}\n'
             f"[cohort]\nsize = {size}\nquorum = {size}\nmin_clients = {NUM_SITES}\n"
             f"[schedule]\nmax_rounds = {self.rounds}\ndeadline_seconds = 3600\n"
-            f'[training]\nbatch_size = 10\nlocal_work = {{ kind = "epochs", epochs = 5 }}\n'
+            f'[training]\nbatch_size = 10\nlocal_work = {{ kind = "epochs", epochs = {self.epochs} }}\n'
             f'[training.optimizer]\nkind = "sgd"\nlearning_rate = {self.learning_rate}\n'
             f'[evaluation]\nat = "coordinator"\nbatch_size = 1000\n{ROWS[self.row]}'
         )
@@ -142,11 +162,13 @@ class Run:
     job_seconds: dict[str, float]
     config: str
     commit: str = ""
+    model: str = "2nn"
+    epochs: int = 5
 
     @property
-    def key(self) -> tuple[str, str, float, int]:
+    def key(self) -> Key:
         """As that of its case."""
-        return self.row, self.split, self.participation, self.seed
+        return self.model, self.split, self.participation, self.epochs, self.row, self.seed
 
     def bits(self, num_bytes: float, first: int = 0) -> float:
         """Bits per folded update and parameter."""
@@ -221,7 +243,7 @@ def measure(case: Case, source: Path, folder: Path) -> Run:
     from benchmarks.echo_rounds import Watched
     from benchmarks.light_operator import Operator
     from benchmarks.simulated_sites import Journal, simulated_sites
-    from examples.mnist.workload import TwoNN
+    from examples.mnist.workload import CNN, TwoNN
     from fed_core.tensors import model_specs, model_tensors
     from fed_core.workload import initial_model
     from fedstream.v1 import runs_pb2
@@ -231,14 +253,14 @@ def measure(case: Case, source: Path, folder: Path) -> Run:
     prepare_data(source, data, is_tuning=case.is_tuning)
     server = Watched(
         ["fed_server.cli.server", "run", "--data-dir", str(folder / "server"), "--listen", "127.0.0.1:0",
-         "--drain-seconds", "0", "--log-level", "warning", "--lease-seconds", "600", "--workload", WORKLOAD,
+         "--drain-seconds", "0", "--log-level", "warning", "--lease-seconds", "600", "--workload", WORKLOADS[case.model],
          "--evaluation-data", str(data)]
     )  # fmt: skip
     try:
         address = server.line().split(" on ")[1].split()[0]
         join_token = (folder / "server" / "join-token").read_text().strip()
         operator = Operator(f"unix:{folder / 'server' / 'fed-server.sock'}")
-        model = initial_model(TwoNN(), case.seed)
+        model = initial_model({"2nn": TwoNN, "cnn": CNN}[case.model](), case.seed)
         operator.submit(case.config(), model_tensors(model), specs=model_specs(model))
         options = [
             {"split": case.split, "site": str(site), "num_sites": str(NUM_SITES), "partition_seed": str(case.seed),
@@ -249,7 +271,7 @@ def measure(case: Case, source: Path, folder: Path) -> Run:
         journal.configure()
         began = time.perf_counter()
         with simulated_sites(
-            address, join_token, folder / "sites", workload=SITES_WORKLOAD, data=data, options=options
+            address, join_token, folder / "sites", workload=SITES_WORKLOADS[case.model], data=data, options=options
         ):
             rounds_done = 0
 
@@ -309,6 +331,8 @@ def _run_of(case: Case, report: Any, sockets: tuple[int | None, int | None], jou
         job_seconds={job: round(seconds, 2) for job, seconds in sorted(JOB_SECONDS.items())},
         config=case.config(),
         commit=_commit(),
+        model=case.model,
+        epochs=case.epochs,
     )
 
 
@@ -400,8 +424,10 @@ class Summary:
     """A row of the table: means over its seeds."""
 
     row: str
+    model: str
     split: str
     participation: float
+    epochs: int
     seeds: list[int]
     status: str = "not run"
     rounds: int | None = None
@@ -419,22 +445,33 @@ class Summary:
     gain: float | None = None
 
 
+SETTINGS: Final[dict[Setting, tuple[str, ...]]] = {
+    ("2nn", "iid", 0.1, 5): tuple(ROWS),
+    ("2nn", "iid", 1.0, 5): MAIN_ROWS,
+    ("2nn", "shards", 0.1, 5): tuple(ROWS),
+    ("2nn", "shards", 1.0, 5): MAIN_ROWS,
+    ("cnn", "iid", 0.1, 5): MAIN_ROWS,
+    ("cnn", "iid", 0.1, 1): MAIN_ROWS,
+    ("cnn", "shards", 0.1, 5): MAIN_ROWS,
+}
+"""Model, split, participation and epochs, with the rows of each."""
+
+
 def summarize(runs: Sequence[Run]) -> list[Summary]:
     """Every row of every setting, run or not."""
-    found: dict[tuple[str, float, str], list[Run]] = defaultdict(list)
+    found: dict[tuple[Setting, str], list[Run]] = defaultdict(list)
     for run in runs:
-        found[run.split, run.participation, run.row].append(run)
-    settings = [("iid", 0.1, tuple(ROWS)), ("iid", 1.0, MAIN_ROWS), ("shards", 0.1, tuple(ROWS))]
-    settings.append(("shards", 1.0, MAIN_ROWS))
+        found[run.key[:4], run.row].append(run)
     return [
-        _summary(row, split, participation, found[split, participation, row], found[split, participation, "raw"])
-        for split, participation, rows in settings
+        _summary(row, setting, found[setting, row], found[setting, "raw"])
+        for setting, rows in SETTINGS.items()
         for row in rows
     ]
 
 
-def _summary(row: str, split: str, participation: float, runs: Sequence[Run], raw: Sequence[Run]) -> Summary:
-    summary = Summary(row, split, participation, sorted(run.seed for run in runs))
+def _summary(row: str, setting: Setting, runs: Sequence[Run], raw: Sequence[Run]) -> Summary:
+    model, split, participation, epochs = setting
+    summary = Summary(row, model, split, participation, epochs, sorted(run.seed for run in runs))
     if not runs:
         return summary
 
@@ -457,7 +494,7 @@ def _summary(row: str, split: str, participation: float, runs: Sequence[Run], ra
     )
     summary.final_accuracy = mean([run.final_accuracy for run in runs])
     summary.error, summary.gain = mean([run.error for run in runs]), mean([run.gain for run in runs])
-    for target in TARGETS[split]:
+    for target in TARGETS[model, split]:
         summary.rounds_to[f"{target:g}"] = mean([run.rounds_to(target) for run in runs])
         summary.bytes_to[f"{target:g}"] = mean([run.bytes_to(target) for run in runs])
     # Of equally many rounds, or a longer run would be compared with a shorter one's end.
@@ -465,7 +502,7 @@ def _summary(row: str, split: str, participation: float, runs: Sequence[Run], ra
     pairs = [(run, by_seed[run.seed]) for run in runs if run.seed in by_seed and by_seed[run.seed].rounds == run.rounds]
     if row != "raw":
         summary.accuracy_difference = Interval.of([a.final_accuracy - b.final_accuracy for a, b in pairs])
-        for target in TARGETS[split]:
+        for target in TARGETS[model, split]:
             ratios = [
                 mine / theirs
                 for a, b in pairs
@@ -477,13 +514,15 @@ def _summary(row: str, split: str, participation: float, runs: Sequence[Run], ra
 
 def aims(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     """The figures that are aimed at, with what was measured (None where it was not)."""
-    by_key = {(each.row, each.split, each.participation): each for each in summaries}
-    few, all_ = by_key["auto", "iid", 0.1], by_key["auto", "iid", 1.0]
+    by_key = {(each.model, each.split, each.participation, each.epochs, each.row): each for each in summaries}
+    few, all_ = by_key["2nn", "iid", 0.1, 5, "auto"], by_key["2nn", "iid", 1.0, 5, "auto"]
+    of_cnn = by_key["cnn", "iid", 0.1, 5, "auto"]
     ratio, difference = few.rounds_ratio.get("0.97"), few.accuracy_difference
     listed = [
         ("full participation, after version 0: up + down", all_.total_bits_after_first, 0.75, "max", "b/p"),
         ("10 % a round, whole run, cold start included: up + down", few.total_bits, 4.5, "max", "b/p"),
         ("the same, stretch", few.total_bits, 2.0, "max", "b/p"),
+        ("the same with convolutions", of_cnn.total_bits, 4.5, "max", "b/p"),
         ("rounds to 97 % over raw's, end of the 95 % interval", ratio.high if ratio else None, 1.1, "max", "ratio"),
         (
             "final accuracy minus raw's, end of the 95 % interval",
@@ -532,16 +571,18 @@ def keep(run: Run | None) -> list[Summary]:
     return summaries
 
 
-def _order(run: Run) -> tuple[str, float, int, int]:
-    return run.split, run.participation, list(ROWS).index(run.row), run.seed
+def _order(run: Run) -> tuple[Setting, int, int]:
+    return run.key[:4], list(ROWS).index(run.row), run.seed
 
 
 def tables(summaries: Sequence[Summary]) -> Iterator[Table]:
     """One for each setting; what was not measured is written so."""
-    for split, participation in sorted({(each.split, each.participation) for each in summaries}):
-        rows = [each for each in summaries if (each.split, each.participation) == (split, participation)]
-        targets = [f"{target:g}" for target in TARGETS[split]]
-        result = Table(title=f"{split}, {participation:.0%} a round: bits per folded update and parameter")
+    for setting in SETTINGS:
+        model, split, participation, epochs = setting
+        rows = [each for each in summaries if (each.model, each.split, each.participation, each.epochs) == setting]
+        targets = [f"{target:g}" for target in TARGETS[model, split]]
+        title = f"{model}, {split}, {participation:.0%} a round, {epochs} epochs: bits per folded update and parameter"
+        result = Table(title=title)
         result.add_column("row")
         for column in (
             "seeds",
@@ -624,13 +665,14 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             strict=True,
         )
     )
-    splits = [split for split in TARGETS if any(run.split == split and run.participation == 0.1 for run in runs)]
+    runs = [run for run in runs if run.model == "2nn" and run.participation == 0.1]
+    splits = [split for split in ("iid", "shards") if any(run.split == split for run in runs)]
     with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure, all_axes = pyplot.subplots(
             1, len(splits), figsize=(5.2 * len(splits), 4.2), layout="constrained", dpi=150, squeeze=False
         )
         for axes, split in zip(all_axes[0], splits, strict=True):
-            drawn = [run for run in runs if run.split == split and run.participation == 0.1]
+            drawn = [run for run in runs if run.split == split]
             for row in ROWS:
                 run = min((each for each in drawn if each.row == row), key=lambda each: each.seed, default=None)
                 if run is None:
@@ -643,7 +685,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             axes.set_ylabel("best test accuracy so far, %")
             axes.set_ylim((90, 98) if split == "iid" else (60, 98))
             axes.set_title("equal random parts" if split == "iid" else "two shards a site", fontsize=10)
-            axes.axhline(100 * TARGETS[split][0], color="#bbbbbb", linewidth=0.8, zorder=0)
+            axes.axhline(100 * TARGETS["2nn", split][0], color="#bbbbbb", linewidth=0.8, zorder=0)
             axes.legend(frameon=False, fontsize=8)
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path)
@@ -663,7 +705,7 @@ def tune(split: str, rounds: int, source: Path, folder: str | None, console: Con
             "learning_rate": rate,
             "rounds": rounds,
             "accuracy": run.final_accuracy,
-            "rounds_to": {f"{target:g}": run.rounds_to(target) for target in TARGETS[split]},
+            "rounds_to": {f"{target:g}": run.rounds_to(target) for target in TARGETS["2nn", split]},
         }
         console.print(found)
         with results() as content:
@@ -679,10 +721,14 @@ def main() -> None:
     """Measures, prints the tables, writes the JSON and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=None, help="default: all")
-    parser.add_argument("--split", choices=list(TARGETS), default="iid")
+    parser.add_argument("--model", choices=list(WORKLOADS), default="2nn")
+    parser.add_argument("--epochs", type=int, default=5, choices=(1, 5), help="of local training in a round")
+    parser.add_argument("--split", choices=("iid", "shards"), default="iid")
     parser.add_argument("--participation", type=float, default=0.1, choices=(0.1, 1.0), help="share of sites a round")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(NUM_SEEDS)))
-    parser.add_argument("--rounds", type=int, default=None, help="default: iid 40, shards 100, all sites 12")
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="default: 2nn iid 40, cnn iid 35, shards 100, all sites 12"
+    )
     parser.add_argument("--quick", action="store_true", help="raw and auto, one seed, 5 rounds; nothing is kept")
     parser.add_argument("--tune", action="store_true", help="the learning rates, on held-out training images")
     parser.add_argument("--show", action="store_true", help="only the tables and the plot of what was measured")
@@ -697,17 +743,21 @@ def main() -> None:
         print(json.dumps(asdict(run)), flush=True)
         os._exit(0)  # a hundred channels take their time to unload
     console = Console(width=160)
-    split, participation = arguments.split, arguments.participation
-    default_rounds = 12 if participation == 1.0 else 40 if split == "iid" else 100
+    model, split, participation = arguments.model, arguments.split, arguments.participation
+    setting = model, split, participation, arguments.epochs
+    if setting not in SETTINGS:
+        parser.error(f"there are no rows for {setting}; there are {', '.join(map(str, SETTINGS))}")
+    default_rounds = 12 if participation == 1.0 else ROUNDS[model, split] * (5 if arguments.epochs == 1 else 3) // 3
     if arguments.tune:
         tune(split, arguments.rounds or 20, source, arguments.folder, console)
         return
     if not arguments.show:
         rounds = 5 if arguments.quick else arguments.rounds or default_rounds
-        default_rows = MAIN_ROWS if arguments.quick or participation == 1.0 else tuple(ROWS)
+        default_rows = MAIN_ROWS if arguments.quick else SETTINGS[setting]
         for seed in arguments.seeds[: 1 if arguments.quick else None]:
             for row in arguments.rows or default_rows:
-                case = Case(row, split, participation, seed, rounds, LEARNING_RATES[split])
+                rate = LEARNING_RATES[model]
+                case = Case(row, split, participation, seed, rounds, rate, model=model, epochs=arguments.epochs)
                 run = measure_apart(case, source, arguments.folder)
                 console.print(_line(run))
                 if not arguments.quick:
@@ -728,9 +778,9 @@ def main() -> None:
 
 
 def _line(run: Run) -> str:
-    target = TARGETS[run.split][0]
+    target = TARGETS[run.model, run.split][0]
     return (
-        f"{run.row}, {run.split}, {run.participation:.0%}, seed {run.seed}, {run.rounds} rounds: up "
+        f"{run.row}, {run.model}, {run.split}, {run.participation:.0%}, seed {run.seed}, {run.rounds} rounds: up "
         f"{run.bits(sum(run.up_bytes)):.3f}, down {run.bits(sum(run.down_bytes)):.3f}, total {run.total():.3f} b/p "
         f"(after round 1: {run.total(1):.3f}); {target:.0%} in {run.rounds_to(target)} rounds; final "
         f"{run.final_accuracy:.4f}; error {run.error:.3g}, gain {run.gain:.3f}; {run.seconds_per_round} s a round"
