@@ -291,10 +291,11 @@ class Federation:
         uplink: str = "",
         downlink: str = "",
         server_optimizer: str = "",
+        objective: str = "",
     ) -> None:
         """A run over all sites, or one of them, that fails with its first failed round. Bit-identical where it is not told
-        otherwise: the whole population, no deadline or budget that matters. `uplink`, `downlink` and
-        `server_optimizer` are inline tables; without them it is compressed, and steps, as runs do by default."""
+        otherwise: the whole population, no deadline or budget that matters. `uplink`, `downlink`, `server_optimizer`
+        and `objective` are inline tables; without them it is compressed, and steps, as runs do by default."""
         size = size or (1 if site else len(self.sites))
         labels = f'labels = {{ site = "{site.name}" }}' if site else ""
         work = f'{{ kind = "steps", steps = {steps} }}' if steps else '{ kind = "epochs", epochs = 1 }'
@@ -319,6 +320,7 @@ class Federation:
             [training]
             batch_size = 16
             local_work = {work}
+            {f"objective = {objective}" if objective else ""}
             [training.optimizer]
             kind = "sgd"
             learning_rate = 0.05

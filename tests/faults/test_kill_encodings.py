@@ -24,6 +24,7 @@ class Case(NamedTuple):
 
 # Fine enough for updates of several chunks.
 FINE = "target_error = 1e-4"
+FEDDYN = '{ kind = "feddyn", strength = 0.1, population = 1 }'
 CASES = {
     "raw": Case('{ kind = "raw" }', '{ kind = "raw" }', ("mid-upload:3", "before-commit"), "client-mid-upload:5"),
     "cast": Case('{ kind = "cast" }', '{ kind = "delta" }', ("mid-fold", "after-commit"), "client-spooled"),
@@ -122,36 +123,38 @@ def test_whatever_the_encoding_kills_do_not_change_a_bit(federation: Federation,
 
 
 @pytest.mark.timeout(900)
-def test_a_site_that_carries_over_what_it_lost_is_killed_around_every_promotion(federation: Federation) -> None:
-    """The coordinator is killed too, after it has counted an update and before the receipt leaves."""
+def test_a_site_that_carries_something_over_is_killed_around_every_promotion(federation: Federation) -> None:
+    """What its code lost, and its variate. The coordinator is killed too: after it has counted an update and before the receipt
+    leaves, and before what it keeps of all updates is committed."""
     coordinator, site = federation.coordinator, federation.sites[0]
-    coarse = {"uplink": '{ kind = "uniform", bits = 2, feedback = true }'}
-    federation.submit("feedback-well", site=site, rounds=4, **coarse)
-    expected = federation.finished("feedback-well", 200)
-    federation.submit("feedback-none", site=site, rounds=2, uplink='{ kind = "uniform", bits = 2 }')
-    without = digests(federation.finished("feedback-none", 200))
+    coarse, variate = {"uplink": '{ kind = "uniform", bits = 2, feedback = true }'}, {"objective": FEDDYN}
+    federation.submit("carried-well", site=site, rounds=4, **coarse, **variate)
+    expected = federation.finished("carried-well", 200)
+    federation.submit("carried-none", site=site, rounds=2, uplink='{ kind = "uniform", bits = 2 }', **variate)
+    without = digests(federation.finished("carried-none", 200))
     assert [without[version] == digests(expected)[version] for version in range(3)] == [True, True, False]
 
     points = ["client-carried", "client-spooled", "client-before-promotion:2", "client-promoted:2", "client-promoted"]
     site.stop()
     coordinator.kill()
     coordinator.start(fail_at="update-durable:2")
+    at_coordinator = ["before-commit", None]
     site.start(fail_at=points.pop(0))
-    federation.submit("feedback-killed", site=site, rounds=4, **coarse)
+    federation.submit("carried-killed", site=site, rounds=4, **coarse, **variate)
 
     def are_all_killed() -> bool:
         if not coordinator.is_running:
             coordinator.wait_killed()
-            coordinator.start()
+            coordinator.start(fail_at=at_coordinator.pop(0))
         if not site.is_running:
             site.wait_killed()
             site.start(fail_at=points.pop(0) if points else None)
         return coordinator.fail_at is None and site.fail_at is None
 
     until(are_all_killed, "the kills", 600)
-    report = federation.finished("feedback-killed", 200)
+    report = federation.finished("carried-killed", 200)
     assert digests(report) == digests(expected)
     assert losses(report) == losses(expected)
     carried = site.state / "carried" / report.run.run_id
-    left = ["", ".residual"]
+    left = ["", ".residual", ".variate"]
     until(lambda: sorted(path.suffix for path in carried.iterdir()) == left, "what the kills left is swept")
