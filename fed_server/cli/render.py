@@ -327,7 +327,35 @@ def run_details(response: runs_pb2.GetRunResponse, now: float, width: int) -> Re
     if response.HasField("round"):
         view = WatchView().updated(runs_pb2.WatchRunResponse(run=run, rounds=[response.round]), now)
         parts += [Text(), rounds_table(view, width), Text(), *round_parts(view, now, width)]
+    if response.sites:
+        parts += [Text(), *participation_parts(response.sites, width, most=WATCHED_CLIENTS)]
     return Group(*parts)
+
+
+def participation_parts(
+    sites: Sequence[runs_pb2.SiteParticipation], width: int, most: int | None = None
+) -> list[RenderableType]:
+    """Who took part how often; with `most`, those of whom the fewest updates count, and how many others there are. Evenness is
+    Jain's index of the updates that count, sum^2 / (n sum of squares): 1 where all are alike, 1 / n where all are of one site."""
+    counted = [site.num_counted for site in sites]
+    total, squares = sum(counted), sum(count * count for count in counted)
+    table = _table(
+        _word("client", "total", max_width=24 if width >= WIDE else 16), _number("asked", _count(sum(s.num_selected for s in
+        sites))), _number("counted", _count(total)), _number("share"), _number("last round"),
+        title="Who took part" + (f"  (evenness {total * total / (len(sites) * squares):.2f})" if total else ""),
+        footer=True, width=width,
+    )  # fmt: skip
+    shown = (
+        sites if most is None else sorted(sites, key=lambda s: (s.num_counted, s.num_selected, s.client_name))[:most]
+    )
+    for site in shown:
+        share = f"{100 * site.num_counted / total:.1f} %" if total else ""
+        last = str(site.last_round) if site.last_round else "never"
+        table.add_row(
+            Text(site.client_name, style="bold"), _count(site.num_selected), _count(site.num_counted), share, last
+        )
+    rest = len(sites) - len(shown)
+    return [table, *([Text(f"and {rest:,} more, who took part as often or more", style="dim")] if rest else [])]
 
 
 @dataclass(frozen=True)
@@ -566,6 +594,8 @@ def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
         if (compression := _report_compression(response, width)) is not None:
             parts += [compression, Text()]
         parts += [*_report_clients(response, width), Text()]
+    if response.sites:
+        parts += [*participation_parts(response.sites, width), Text()]
     grid = _facts()
     grid.add_row("ended" if run.HasField("finished_time") else "now", first_line(run.reason) or "still going on")
     if saved := _saved(response):

@@ -534,6 +534,10 @@ class Coordinator:
         limit = population(run.config)
         return candidates if limit is None else within_population(candidates, run.members, limit)
 
+    def eligible(self, run: LiveRun) -> frozenset[str]:
+        """Names of those who could be asked for a round of the run now, busy or not."""
+        return self._candidates(run).alive
+
     def client_ids(self, names: Iterable[str]) -> dict[str, str]:
         """Ids of clients by name."""
         return {name: self._ids[name] for name in names}

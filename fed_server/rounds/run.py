@@ -208,9 +208,12 @@ class LiveRun:
             if population(self.config) is not None:
                 self._note_members(tx.assignments(self.run_id))
             if self.config.cohort.selection != "random":
-                earlier = tx.assignments(self.run_id)
-                self._note_selected(earlier)
-                for assignment in earlier:
+                self.turns = {
+                    self._surroundings.name_of(p.client_id): Turns(p.last_round, p.num_selected)
+                    for p in tx.participations(self.run_id)
+                }
+            if self.config.cohort.selection == "importance":
+                for assignment in tx.assignments(self.run_id):
                     self._note_report(assignment)
 
         await self._facilities.workers.store(read)
@@ -231,10 +234,8 @@ class LiveRun:
 
     def _note_selected(self, assignments: Iterable[AssignmentRecord]) -> None:
         for assignment in assignments:
-            if assignment.kind is AssignmentKind.TRAIN:
-                name = self._surroundings.name_of(assignment.client_id)
-                last_round, num_times = self.turns.get(name, Turns())
-                self.turns[name] = Turns(max(assignment.round, last_round), num_times + 1)
+            name = self._surroundings.name_of(assignment.client_id)
+            self.turns[name] = Turns(assignment.round, self.turns.get(name, Turns()).num_times + 1)
 
     def _note_members(self, assignments: Iterable[AssignmentRecord]) -> None:
         self.members |= {

@@ -18,6 +18,7 @@ from fed_server.store.base import (
     BroadcastRecord,
     ClientRecord,
     ModelRecord,
+    Participation,
     RoundRecord,
     RoundState,
     RunRecord,
@@ -107,7 +108,7 @@ def round_to_proto(
 ) -> runs_pb2.Round:
     """A round with its clients, in the order of (kind, name)."""
     listed = sorted(assignments, key=lambda a: (a.kind, coordinator.name_of(a.client_id)), reverse=False)
-    clients = [_client_to_proto(a, coordinator, progress.get(a.assignment_id)) for a in listed]
+    clients = [_client_to_proto(a, coordinator, progress.get(a.assignment_id), record) for a in listed]
     return runs_pb2.Round(
         round=record.round,
         state=ROUND_STATES[record.state],
@@ -128,7 +129,10 @@ def round_to_proto(
     )
 
 
-def _client_to_proto(a: AssignmentRecord, coordinator: Coordinator, progress: Progress | None) -> runs_pb2.RoundClient:
+def _client_to_proto(
+    a: AssignmentRecord, coordinator: Coordinator, progress: Progress | None, round: RoundRecord
+) -> runs_pb2.RoundClient:
+    is_training = a.kind is AssignmentKind.TRAIN
     reason = a.reason if not a.traceback else f"{a.reason}\n{a.traceback}"
     return runs_pb2.RoundClient(
         assignment_id=a.assignment_id,
@@ -156,6 +160,7 @@ def _client_to_proto(a: AssignmentRecord, coordinator: Coordinator, progress: Pr
         is_alive=coordinator.is_alive(a.client_id),
         fidelity=_fidelity(a),
         has_diverged=a.has_diverged,
+        selection_chance=round.chances.get(coordinator.name_of(a.client_id), 0.0) if is_training else 0.0,
     )
 
 
@@ -192,6 +197,26 @@ def model_to_proto(record: ModelRecord, best_version: int, delta_bytes: int = 0)
         fidelity=_fidelity(record) if record.version > 0 else None,
         delta_bytes=delta_bytes,
     )
+
+
+def participations_to_proto(
+    records: Iterable[Participation], eligible: Iterable[str], coordinator: Coordinator
+) -> list[runs_pb2.SiteParticipation]:
+    """Who took part how often, in the order of names; those of the `eligible`, by name, who never were asked come with zeros."""
+    taken = {record.client_id: record for record in records}
+    never = {client_id for client_id in coordinator.client_ids(eligible).values() if client_id not in taken}
+    taken |= {client_id: Participation(client_id, 0, 0, 0) for client_id in never}
+    sites = [
+        runs_pb2.SiteParticipation(
+            client_id=record.client_id,
+            client_name=coordinator.name_of(record.client_id),
+            num_selected=record.num_selected,
+            num_counted=record.num_counted,
+            last_round=record.last_round,
+        )
+        for record in taken.values()
+    ]
+    return sorted(sites, key=lambda site: site.client_name)
 
 
 def broadcast_to_proto(record: BroadcastRecord) -> common_pb2.PayloadRef:

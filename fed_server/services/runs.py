@@ -19,6 +19,7 @@ from fed_server.rounds.workers import Workers
 from fed_server.services.convert import (
     client_to_proto,
     model_to_proto,
+    participations_to_proto,
     round_to_proto,
     run_to_proto,
     sum_traffic,
@@ -102,7 +103,9 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         """See the proto."""
         record = await self._coordinator.find_run(request.run)
         rounds = await self._rounds(record, newest_only=True)
-        return runs_pb2.GetRunResponse(run=await self._run(record), round=rounds[-1] if rounds else None)
+        return runs_pb2.GetRunResponse(
+            run=await self._run(record), round=rounds[-1] if rounds else None, sites=await self._sites(record)
+        )
 
     async def ListRuns(self, request: runs_pb2.ListRunsRequest, context: Any) -> runs_pb2.ListRunsResponse:
         """See the proto."""
@@ -153,6 +156,7 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             models=[model_to_proto(model, record.best_version, deltas.get(model.version, 0)) for model in models],
             downlink=sum_traffic(r.downlink for r in rounds),
             uplink=sum_traffic(r.uplink for r in rounds),
+            sites=await self._sites(record),
         )
 
     async def ListClients(self, request: runs_pb2.ListClientsRequest, context: Any) -> runs_pb2.ListClientsResponse:
@@ -215,6 +219,12 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         measured = [model.metrics for model in models if model.metrics]
         live = self._coordinator.live_run(record.run_id)
         return run_to_proto(record, live, measured[-1] if measured else {})
+
+    async def _sites(self, record: RunRecord) -> list[runs_pb2.SiteParticipation]:
+        taken = await self._workers.store(lambda tx: tx.participations(record.run_id))
+        live = self._coordinator.live_run(record.run_id)
+        eligible = self._coordinator.eligible(live) if live is not None else ()
+        return participations_to_proto(taken, eligible, self._coordinator)
 
     async def _rounds(
         self, record: RunRecord, *, newest_only: bool = False, with_previous: bool = False

@@ -206,6 +206,17 @@ class BroadcastRecord:
     is_available: bool = True
 
 
+@dataclass(frozen=True)
+class Participation:
+    """How often a client was asked to train in a run, how many of its updates are in a committed version, and the round for which
+    it was last asked."""
+
+    client_id: str
+    num_selected: int
+    num_counted: int
+    last_round: int
+
+
 Record = ClientRecord | RunRecord | RoundRecord | AssignmentRecord | ModelRecord | BroadcastRecord
 
 
@@ -235,6 +246,10 @@ class Transaction(Protocol):
     def assignment(self, assignment_id: str) -> AssignmentRecord | None: ...
     def assignments(self, run_id: str, round: int | None = None) -> list[AssignmentRecord]:
         """In the order of (round, kind, client_id)."""
+        ...
+
+    def participations(self, run_id: str) -> list[Participation]:
+        """Of all clients that were ever asked to train, in the order of their ids."""
         ...
 
     def open_assignments(self, client_id: str | None = None) -> list[AssignmentRecord]:

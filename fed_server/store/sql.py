@@ -19,11 +19,13 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from fed_core.errors import ConfigError, ConflictError, DiskFullError, UnavailableError
 from fed_server.store import migrations
 from fed_server.store.base import (
+    AssignmentKind,
     AssignmentRecord,
     AssignmentState,
     BroadcastRecord,
     ClientRecord,
     ModelRecord,
+    Participation,
     Record,
     RoundRecord,
     RunRecord,
@@ -170,6 +172,13 @@ class SqlTransaction:
             return self._all(AssignmentRecord, _ASSIGNMENTS_OF_RUN, run_id=run_id)
         return self._all(AssignmentRecord, _ASSIGNMENTS_OF_ROUND, run_id=run_id, round=round)
 
+    def participations(self, run_id: str) -> list[Participation]:
+        """See `Transaction.participations`."""
+        found = self._connection.execute(
+            _PARTICIPATIONS, {"run_id": run_id, "kind": AssignmentKind.TRAIN, "received": AssignmentState.RECEIVED}
+        )
+        return [Participation(*row) for row in found]
+
     def open_assignments(self, client_id: str | None = None) -> list[AssignmentRecord]:
         """See `Transaction.open_assignments`."""
         if client_id is None:
@@ -240,6 +249,28 @@ _NEWEST_ROUNDS = (
 _ASSIGNMENT = _where(assignments, "assignment_id")
 _ASSIGNMENTS_OF_RUN = _where(assignments, "run_id", order=("round", "kind", "client_id"))
 _ASSIGNMENTS_OF_ROUND = _where(assignments, "run_id", "round", order=("kind", "client_id"))
+_PARTICIPATIONS = (
+    select(
+        assignments.c.client_id,
+        sa.func.count(),
+        sa.func.count(
+            sa.case(
+                (
+                    sa.and_(
+                        assignments.c.state == bindparam("received", type_=assignments.c.state.type),
+                        rounds.c.model_version.is_not(None),
+                    ),
+                    1,
+                )
+            )
+        ),
+        sa.func.max(assignments.c.round),
+    )
+    .join(rounds, sa.and_(rounds.c.run_id == assignments.c.run_id, rounds.c.round == assignments.c.round))
+    .where(assignments.c.run_id == bindparam("run_id"), assignments.c.kind == bindparam("kind"))
+    .group_by(assignments.c.client_id)
+    .order_by(assignments.c.client_id)
+)
 _OPEN_ASSIGNMENTS = _where(assignments, "state", order=("created_time", "assignment_id"))
 _OPEN_ASSIGNMENTS_OF_CLIENT = _where(assignments, "state", "client_id", order=("created_time", "assignment_id"))
 _MODEL = _where(models, "run_id", "version")

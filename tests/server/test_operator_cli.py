@@ -599,7 +599,10 @@ def test_tables_fit_the_screen_and_cut_no_number(width: int) -> None:
     now = time.time()
     run, rounds = _run(), [_round(number) for number in range(1, 30)]
     view = render.WatchView().updated(runs_pb2.WatchRunResponse(run=run, rounds=rounds), now)
-    report = runs_pb2.GetReportResponse(run=run, rounds=rounds, downlink=_traffic(1e12), uplink=_traffic(1e11))
+    sites = [_site("a" * 30, 10**6, 10**6, 10**6), _site("b", 0, 0, 0)]
+    report = runs_pb2.GetReportResponse(
+        run=run, rounds=rounds, downlink=_traffic(1e12), uplink=_traffic(1e11), sites=sites
+    )
     models = [runs_pb2.ModelVersion(version=n, metrics=rounds[0].metrics, is_available=True) for n in range(3)]
     for shown in (
         render.watch_screen(view, now, width, 50),
@@ -631,6 +634,30 @@ def test_the_screen_shows_the_last_rounds_and_what_each_client_does() -> None:
     assert re.search(r"✓ +bergen +received +━+ +100 +450 ex\.", text)
     assert "✗ zurich: WORKLOAD: ValueError: bad label" in text
     assert "Traceback" not in text
+
+
+def _site(name: str, num_selected: int, num_counted: int, last_round: int) -> runs_pb2.SiteParticipation:
+    return runs_pb2.SiteParticipation(
+        client_name=name, num_selected=num_selected, num_counted=num_counted, last_round=last_round
+    )
+
+
+def test_who_took_part_how_often_is_in_the_report_and_those_left_out_come_first_on_the_run() -> None:
+    sites = [_site("a", 3, 3, 9), _site("b", 4, 1, 8), _site("new", 0, 0, 0)]
+    report = _lines(render.report(runs_pb2.GetReportResponse(run=_run(), sites=sites), 100), 100)
+    text = "\n".join(report)
+    assert "Who took part  (evenness 0.53)" in text  # 4^2 / (3 (9 + 1))
+    assert [line.split() for line in report if re.match(r"(a|b|new|total) ", line)] == [
+        ["a", "3", "3", "75.0", "%", "9"],
+        ["b", "4", "1", "25.0", "%", "8"],
+        ["new", "0", "0", "0.0", "%", "never"],
+        ["total", "7", "4"],
+    ]
+    many = [_site(f"site-{number:02}", number, number, 1) for number in range(30)][::-1]
+    shown = _lines(render.run_details(runs_pb2.GetRunResponse(run=_run(), sites=many), time.time(), 100), 100)
+    names = [line.split()[0] for line in shown if line.startswith("site-")]
+    assert names == [f"site-{number:02}" for number in range(render.WATCHED_CLIENTS)]
+    assert f"and {30 - render.WATCHED_CLIENTS} more" in "\n".join(shown)
 
 
 def test_a_round_without_its_clients_keeps_those_that_are_known() -> None:

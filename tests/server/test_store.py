@@ -31,6 +31,7 @@ from fed_server.store.base import (
     BroadcastRecord,
     ClientRecord,
     ModelRecord,
+    Participation,
     Record,
     RoundRecord,
     RoundState,
@@ -267,6 +268,27 @@ def test_put_replaces_the_record_with_its_key(store: Store) -> None:
     with store.transaction() as tx:
         of_run = [tx.rounds("r1"), tx.assignments("r1"), tx.models("r1"), tx.broadcasts("r1")]
         assert [tx.clients(), tx.runs(), *of_run] == [[record] for record in changed]
+
+
+def test_participations_count_who_was_asked_and_whose_updates_are_in_a_version(store: Store) -> None:
+    other = replace(CLIENT, client_id="c0", name="other", enroll_request_id="e0")
+    rounds = [replace(ROUND, round=1), replace(ROUND, round=2, model_version=None), replace(ROUND, round=3)]
+    work = [
+        ("c1", 1, AssignmentKind.TRAIN, AssignmentState.RECEIVED),
+        ("c1", 1, AssignmentKind.EVALUATE, AssignmentState.RECEIVED),
+        ("c1", 2, AssignmentKind.TRAIN, AssignmentState.RECEIVED),  # of a round that came to nothing
+        ("c0", 2, AssignmentKind.TRAIN, AssignmentState.FAILED),
+        ("c1", 3, AssignmentKind.TRAIN, AssignmentState.DROPPED),
+    ]
+    assigned = [
+        replace(ASSIGNMENT, assignment_id=f"a{n}", client_id=client, round=round, kind=kind, state=state)
+        for n, (client, round, kind, state) in enumerate(work)
+    ]
+    with store.transaction() as tx:
+        for record in (CLIENT, other, RUN, *rounds, *assigned):
+            tx.put(record)
+        assert tx.participations("r1") == [Participation("c0", 1, 0, 2), Participation("c1", 3, 1, 3)]
+        assert tx.participations("r2") == []
 
 
 def test_a_transaction_reads_its_own_writes(store: Store) -> None:

@@ -428,6 +428,7 @@ class RoundClient(_message.Message):
     IS_ALIVE_FIELD_NUMBER: _builtins.int
     FIDELITY_FIELD_NUMBER: _builtins.int
     HAS_DIVERGED_FIELD_NUMBER: _builtins.int
+    SELECTION_CHANCE_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Assignment that it got."""
     client_id: _builtins.str
@@ -462,6 +463,10 @@ class RoundClient(_message.Message):
     """True where it polled or reported within the lease."""
     has_diverged: _builtins.bool
     """True where a delta did not give it the model that it should have; it was sent a whole one."""
+    selection_chance: _builtins.float
+    """Probability with which the draw by importance took it into the cohort, over 0 and at most 1; 0 where cohorts are drawn otherwise,
+    and for an evaluation.
+    """
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
         """Its metrics: training metrics for a training assignment, evaluation metrics for an evaluation."""
@@ -502,10 +507,11 @@ class RoundClient(_message.Message):
         is_alive: _builtins.bool = ...,
         fidelity: Global___Fidelity | None = ...,
         has_diverged: _builtins.bool = ...,
+        selection_chance: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "fidelity", b"fidelity", "uplink", b"uplink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "assignment_kind", b"assignment_kind", "client_id", b"client_id", "client_name", b"client_name", "done", b"done", "downlink", b"downlink", "eta_seconds", b"eta_seconds", "fidelity", b"fidelity", "has_diverged", b"has_diverged", "is_alive", b"is_alive", "is_partial", b"is_partial", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "phase", b"phase", "reason", b"reason", "state", b"state", "total", b"total", "training_seconds", b"training_seconds", "uplink", b"uplink", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "assignment_kind", b"assignment_kind", "client_id", b"client_id", "client_name", b"client_name", "done", b"done", "downlink", b"downlink", "eta_seconds", b"eta_seconds", "fidelity", b"fidelity", "has_diverged", b"has_diverged", "is_alive", b"is_alive", "is_partial", b"is_partial", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "phase", b"phase", "reason", b"reason", "selection_chance", b"selection_chance", "state", b"state", "total", b"total", "training_seconds", b"training_seconds", "uplink", b"uplink", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -788,6 +794,44 @@ class Client(_message.Message):
 Global___Client: _TypeAlias = Client  # noqa: Y015
 
 @_typing.final
+class SiteParticipation(_message.Message):
+    """How often a site took part in a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_NAME_FIELD_NUMBER: _builtins.int
+    NUM_SELECTED_FIELD_NUMBER: _builtins.int
+    NUM_COUNTED_FIELD_NUMBER: _builtins.int
+    LAST_ROUND_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.str
+    """Id of the client."""
+    client_name: _builtins.str
+    """Its name."""
+    num_selected: _builtins.int
+    """Rounds for which it was asked to train."""
+    num_counted: _builtins.int
+    """Updates of it that are in a committed version."""
+    last_round: _builtins.int
+    """Round for which it was last asked to train; 0 where it never was."""
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.str = ...,
+        client_name: _builtins.str = ...,
+        num_selected: _builtins.int = ...,
+        num_counted: _builtins.int = ...,
+        last_round: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "client_name", b"client_name", "last_round", b"last_round", "num_counted", b"num_counted", "num_selected", b"num_selected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SiteParticipation: _TypeAlias = SiteParticipation  # noqa: Y015
+
+@_typing.final
 class GetRunRequest(_message.Message):
     """Which run."""
 
@@ -817,6 +861,7 @@ class GetRunResponse(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> Global___Run:
         """Its state."""
@@ -825,15 +870,20 @@ class GetRunResponse(_message.Message):
     def round(self) -> Global___Round:
         """Its newest round; absent before the first."""
 
+    @_builtins.property
+    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteParticipation]:
+        """Who took part how often, in the order of names: all who were ever asked and, while the run goes on, all who could be."""
+
     def __init__(
         self,
         *,
         run: Global___Run | None = ...,
         round: Global___Round | None = ...,
+        sites: _abc.Iterable[Global___SiteParticipation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "run", b"run", "sites", b"sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1013,6 +1063,7 @@ class GetReportResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     DOWNLINK_FIELD_NUMBER: _builtins.int
     UPLINK_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> Global___Run:
         """The run."""
@@ -1033,6 +1084,10 @@ class GetReportResponse(_message.Message):
     def uplink(self) -> Global___Traffic:
         """Uplink of all rounds."""
 
+    @_builtins.property
+    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteParticipation]:
+        """Who took part how often, as in GetRunResponse."""
+
     def __init__(
         self,
         *,
@@ -1041,10 +1096,11 @@ class GetReportResponse(_message.Message):
         models: _abc.Iterable[Global___ModelVersion] | None = ...,
         downlink: Global___Traffic | None = ...,
         uplink: Global___Traffic | None = ...,
+        sites: _abc.Iterable[Global___SiteParticipation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "run", b"run", "uplink", b"uplink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "models", b"models", "rounds", b"rounds", "run", b"run", "uplink", b"uplink"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "models", b"models", "rounds", b"rounds", "run", b"run", "sites", b"sites", "uplink", b"uplink"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
