@@ -34,6 +34,7 @@ from fed_server.services.transfer import TransferService
 from fed_server.settings import ServerSettings
 from fed_server.store.blobs import DataDirectory
 from fed_server.store.sql import SqlStore
+from fed_server.telemetry import Telemetry
 from fedstream.v1 import participation_pb2_grpc, runs_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class App:
     def __init__(self, settings: ServerSettings, clock: Clock | None = None) -> None:
         self.settings = settings
         self.address = ""
+        self.metrics_address = ""
         self.socket_path = settings.data_dir.resolve() / SOCKET_NAME
         self.tokens = Tokens("", "")
         self._clock = clock or SystemClock()
@@ -127,6 +129,12 @@ class App:
         self._stack.push_async_callback(coordinator.stop)
         await coordinator.start()
 
+        telemetry = Telemetry()
+        watching = asyncio.create_task(telemetry.watch_event_loop())
+        self._stack.callback(watching.cancel)
+        if settings.metrics_listen is not None:
+            self.metrics_address = self._stack.enter_context(telemetry.served(settings.metrics_listen))
+
         authenticator = Authenticator(coordinator.client, hash_secret(self.tokens.operator))
         server = grpc.aio.server(interceptors=[Gate(authenticator)], options=server_options())
         participation_pb2_grpc.add_ParticipationServicer_to_server(
@@ -136,7 +144,7 @@ class App:
             server,
         )
         runs_pb2_grpc.add_RunsServicer_to_server(RunsService(coordinator, workers, files, membership), server)
-        transfer = TransferService(coordinator, workers, files, settings.max_concurrent_transfers)
+        transfer = TransferService(coordinator, workers, files, telemetry, settings.max_concurrent_transfers)
         server.add_generic_rpc_handlers((transfer.handler(),))
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -158,7 +166,9 @@ class App:
         self._stack.push_async_callback(drain)
         for name in ("", *SERVICES):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        logger.info("serving", extra={"address": self.address, "socket": str(self.socket_path)})
+        logger.info(
+            "serving", extra={"address": self.address, "socket": str(self.socket_path), "metrics": self.metrics_address}
+        )
 
     def _listen(self, server: grpc.aio.Server) -> None:
         settings = self.settings

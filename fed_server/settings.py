@@ -40,6 +40,10 @@ class ServerSettings(BaseSettings):
     drain_seconds: float = Field(
         default=10.0, ge=0, le=3600, description="On SIGTERM, how long transfers that are under way may go on."
     )
+    metrics_listen: str | None = Field(
+        default=None,
+        description="HOST:PORT where Prometheus finds /metrics, without credentials; port 0 picks a free one.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe lines logged."
     )
@@ -47,9 +51,11 @@ class ServerSettings(BaseSettings):
         default="auto", description="auto: pretty on a terminal, JSON lines elsewhere."
     )
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics_listen")
     @classmethod
-    def _is_address(cls, value: str) -> str:
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         host, separator, port = value.rpartition(":")
         if not separator or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"expected HOST:PORT such as 0.0.0.0:8443 or [::]:8443, got {value!r}")

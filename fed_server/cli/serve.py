@@ -48,6 +48,8 @@ def _greet(app: App) -> None:
     security = "TLS" if app.settings.tls_cert else "no TLS" + ("" if app.settings.is_loopback else " (--insecure)")
     console.print(f"fed-server is serving on {app.address} ({security})", markup=False)
     console.print(f"  data       {app.settings.data_dir.resolve()}", markup=False)
+    if app.metrics_address:
+        console.print(f"  metrics    http://{app.metrics_address}/metrics", markup=False)
     console.print(
         f"  operators  fedctl --data-dir {app.settings.data_dir} run submit RUN.toml --workload FILE.py", markup=False
     )

@@ -58,6 +58,10 @@ def run(
     drain_seconds: Annotated[
         float | None, typer.Option(help="On SIGTERM, how long transfers under way may go on. [default: 10]")
     ] = None,
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT where Prometheus finds /metrics, without credentials. [default: nowhere]"),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
     log_format: Annotated[str | None, typer.Option(help="auto, json or pretty. [default: auto]")] = None,
     config: Annotated[
@@ -80,6 +84,7 @@ def run(
         max_concurrent_transfers=max_concurrent_transfers,
         lease_seconds=lease_seconds,
         drain_seconds=drain_seconds,
+        metrics_listen=metrics_listen,
         log_level=log_level,
         log_format=log_format,
     )

@@ -33,6 +33,7 @@ from fed_server.services.identity import caller
 from fed_server.services.uploads import Upload, accepted_offset, largest_upload
 from fed_server.store.base import AssignmentKind, AssignmentRecord, AssignmentState
 from fed_server.store.blobs import DataDirectory
+from fed_server.telemetry import Telemetry
 from fedstream.v1 import transfer_pb2
 
 # A transfer waits so long for its turn at the server before it is sent away to come again.
@@ -78,13 +79,21 @@ class TransferService:
     """Bulk in and out, at most `max_concurrent_transfers` streams at once."""
 
     def __init__(
-        self, coordinator: Coordinator, workers: Workers, files: DataDirectory, max_concurrent_transfers: int
+        self,
+        coordinator: Coordinator,
+        workers: Workers,
+        files: DataDirectory,
+        telemetry: Telemetry,
+        max_concurrent_transfers: int,
     ) -> None:
         self._coordinator = coordinator
         self._workers = workers
         self._files = files
         self._slots = asyncio.Semaphore(max_concurrent_transfers)
         self._frames = FrameCache(workers)
+        self._num_updates = telemetry.updates
+        self._uplink_bytes = telemetry.bulk_bytes.labels("uplink")
+        self._downlink_bytes = telemetry.bulk_bytes.labels("downlink")
         # Streams by assignment, the newest last: an older one is a connection that the client has given up.
         self._streams: dict[str, list[asyncio.Task[Any]]] = {}
 
@@ -135,6 +144,7 @@ class TransferService:
                     async with asyncio.timeout(STALL_SECONDS):
                         await context.write(frame)
                     run.count_traffic(assignment.assignment_id, downlink_wire_bytes=len(frame) + _FRAMING_BYTES)
+                    self._downlink_bytes.inc(len(frame) + _FRAMING_BYTES)
                     failpoint("mid-download")
             except TimeoutError:
                 raise UnavailableError(f"no byte was taken for {STALL_SECONDS:g} s; resume the download") from None
@@ -190,6 +200,7 @@ class TransferService:
                     current = await run.receive_update(
                         assignment.assignment_id, manifest=manifest, weight=upload.checker.weight
                     )
+                    self._num_updates.inc()
                 elif current.state is not AssignmentState.RECEIVED:
                     raise NoLongerNeededError(current.reason)
             except (OffsetError, CorruptError):
@@ -218,6 +229,7 @@ class TransferService:
                 raise InvalidError("expected a chunk: the header comes first and once")
             await self._workers.disk(upload.write, *chunk)
             run.count_traffic(assignment.assignment_id, uplink_wire_bytes=len(frame) + _FRAMING_BYTES)
+            self._uplink_bytes.inc(len(frame) + _FRAMING_BYTES)
             failpoint("mid-upload")
 
     async def _find(self, assignment_id: str) -> AssignmentRecord:
