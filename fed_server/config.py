@@ -395,6 +395,13 @@ class TrainingConfig(ConfigTable):
     )
     optimizer: OptimizerConfig = Field(default=SgdConfig(), description="How a client steps.")
     objective: ObjectiveConfig = Field(default=PlainObjectiveConfig(), description="What a client minimizes.")
+    learning_rate_by_site: dict[LabelWord, LearningRate] = Field(
+        default={},
+        max_length=MAX_COHORT,
+        description="Sites by name, and the learning rate of each in place of optimizer.learning_rate; the schedule holds for "
+        "it, too.",
+        examples=[{"hospital-north": 0.05}],
+    )
     schedule: TrainingScheduleConfig = Field(
         default=ConstantScheduleConfig(), description="How the clients' learning rate changes from round to round."
     )

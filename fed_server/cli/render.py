@@ -333,7 +333,10 @@ def run_details(response: runs_pb2.GetRunResponse, now: float, width: int) -> Re
 
 
 def participation_parts(
-    sites: Sequence[runs_pb2.SiteParticipation], width: int, most: int | None = None
+    sites: Sequence[runs_pb2.SiteParticipation],
+    width: int,
+    most: int | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[RenderableType]:
     """Who took part how often; with `most`, those of whom the fewest updates count, and how many others there are. Evenness is
     Jain's index of the updates that count, sum^2 / (n sum of squares): 1 where all are alike, 1 / n where all are of one site."""
@@ -342,6 +345,7 @@ def participation_parts(
     table = _table(
         _word("client", "total", max_width=24 if width >= WIDE else 16), _number("asked", _count(sum(s.num_selected for s in
         sites))), _number("counted", _count(total)), _number("share"), _number("last round"),
+        *([_number("rate")] if rates else []),
         title="Who took part" + (f"  (evenness {total * total / (len(sites) * squares):.2f})" if total else ""),
         footer=True, width=width,
     )  # fmt: skip
@@ -352,8 +356,9 @@ def participation_parts(
         share = f"{100 * site.num_counted / total:.1f} %" if total else ""
         last = str(site.last_round) if site.last_round else "never"
         table.add_row(
-            Text(site.client_name, style="bold"), _count(site.num_selected), _count(site.num_counted), share, last
-        )
+            Text(site.client_name, style="bold"), _count(site.num_selected), _count(site.num_counted), share, last,
+            *([f"{rate:.3g}" if (rate := rates.get(site.client_name)) else ""] if rates else []),
+        )  # fmt: skip
     rest = len(sites) - len(shown)
     return [table, *([Text(f"and {rest:,} more, who took part as often or more", style="dim")] if rest else [])]
 
@@ -595,7 +600,7 @@ def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
             parts += [compression, Text()]
         parts += [*_report_clients(response, width), Text()]
     if response.sites:
-        parts += [*participation_parts(response.sites, width), Text()]
+        parts += [*participation_parts(response.sites, width, rates=_rates(response.rounds)), Text()]
     grid = _facts()
     grid.add_row("ended" if run.HasField("finished_time") else "now", first_line(run.reason) or "still going on")
     if saved := _saved(response):
@@ -735,11 +740,12 @@ class _ClientTotals:
     training_seconds: float = 0.0
     down: int = 0
     up: int = 0
+    learning_rate: float = 0.0
     reason: str = ""
 
 
 def client_totals(rounds: Iterable[runs_pb2.Round]) -> dict[str, _ClientTotals]:
-    """What each client did in all rounds, by name; `examples` is that of its last update."""
+    """What each client did in all rounds, by name; `examples` and `learning_rate` are those of the last time."""
     totals: dict[str, _ClientTotals] = {}
     for round in rounds:
         for client in round.clients:
@@ -747,6 +753,7 @@ def client_totals(rounds: Iterable[runs_pb2.Round]) -> dict[str, _ClientTotals]:
             of.down += client.downlink.wire_bytes
             of.up += client.uplink.wire_bytes
             of.training_seconds += client.training_seconds
+            of.learning_rate = client.learning_rate or of.learning_rate
             if client.has_diverged:
                 of.reason = (
                     f"round {round.round}: DIVERGED, a delta did not give it the version; it was sent a whole one"
@@ -791,6 +798,16 @@ def _report_clients(response: runs_pb2.GetReportResponse, width: int) -> list[Re
     for name, of in totals.items():
         table.add_row(Text(name, style="bold"), *(text(value(of)) if value(of) else "" for _, value, text in shown))
     return [table, *(Text.assemble((name, "bold"), f"  {of.reason}") for name, of in totals.items() if of.reason)]
+
+
+def _rates(rounds: Sequence[runs_pb2.Round]) -> dict[str, float]:
+    """The learning rate that each site was last told, by name; empty where in no round one was told another than the others: what
+    holds for all is in the config."""
+
+    def differ(round: runs_pb2.Round) -> bool:
+        return len({client.learning_rate for client in round.clients if client.learning_rate}) > 1
+
+    return {name: of.learning_rate for name, of in client_totals(rounds).items()} if any(map(differ, rounds)) else {}
 
 
 def _count(value: float) -> str:

@@ -437,11 +437,28 @@ class Coordinator:
                 f"version 0 is sent rounded, with an error of {first_error(downlink, False):g}, as random weights can be; set "
                 "downlink.first_error where they were trained before"
             )
+        if unknown := self._unknown_sites(config):
+            notices.append(unknown)
         if len(candidates.alive) < config.cohort.min_clients:
             chosen = self._choose(run, candidates)
             notices.append(f"not enough clients yet: {chosen.reason}")
         logger.info("run created", extra={"run": config.name, "run_id": run_id, "parameters": record.num_parameters})
         return record, notices
+
+    def _unknown_sites(self, config: RunConfig) -> str:
+        """What to say of sites that the config names and that have not enrolled; empty where there are none."""
+        named = {
+            "training.learning_rate_by_site": config.training.learning_rate_by_site,
+            "aggregation.importance": config.aggregation.importance,
+        }
+        parts = [
+            f"{', '.join(unknown[:5])}{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''} ({field})"
+            for field, sites in named.items()
+            if (unknown := sorted(set(sites) - set(self._ids)))
+        ]
+        if not parts:
+            return ""
+        return f"no site has enrolled as {'; '.join(parts)}: it counts once one does; see fedctl client list for those there are"
 
     def live_run(self, run_id: str) -> LiveRun | None:
         """A run that is not over."""

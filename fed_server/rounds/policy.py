@@ -28,8 +28,9 @@ from fed_server.rounds.stop import StopRules
 from fed_server.store.base import AssignmentKind, AssignmentRecord, Metrics
 
 
-def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plateau) -> TrainingPlan:
-    """The plan of an assignment. `plateau` is what a plateau schedule has seen before the assignment's round."""
+def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plateau, site: str) -> TrainingPlan:
+    """The plan of an assignment for the site of that name. `plateau` is what a plateau schedule has seen before the assignment's
+    round."""
     training, optimizer = config.training, config.training.optimizer
     work = training.local_work
     is_training = assignment.kind is AssignmentKind.TRAIN
@@ -39,7 +40,7 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plat
         batch_size=training.batch_size if is_training else config.evaluation.batch_size,
         optimizer=OptimizerPlan(
             kind=optimizer.kind,
-            learning_rate=learning_rate(config, assignment.round, plateau),
+            learning_rate=learning_rate(config, assignment.round, plateau, site),
             momentum=optimizer.momentum,
             weight_decay=optimizer.weight_decay,
             epoch_decay=optimizer.epoch_decay,
@@ -56,10 +57,12 @@ def _objective(config: ObjectiveConfig) -> ObjectivePlan:
     return ObjectivePlan(config.kind, 0.0 if isinstance(config, PlainObjectiveConfig) else config.strength)
 
 
-def learning_rate(config: RunConfig, round: int, plateau: Plateau = NO_PLATEAU) -> float:
-    """The clients' learning rate in a round, before what a site does within it. `plateau` as for `training_plan`."""
+def learning_rate(config: RunConfig, round: int, plateau: Plateau = NO_PLATEAU, site: str = "") -> float:
+    """The clients' learning rate in a round, before what a site does within it: that of the site of this name, or of those that the
+    config does not name. `plateau` as for `training_plan`."""
     training = config.training
-    return training.optimizer.learning_rate * rate_factor(training.schedule, round, config.schedule.max_rounds, plateau)
+    rate = training.learning_rate_by_site.get(site, training.optimizer.learning_rate)
+    return rate * rate_factor(training.schedule, round, config.schedule.max_rounds, plateau)
 
 
 def server_optimizer(config: RunConfig, round: int, num_updates: int = 1) -> ServerOptimizer:

@@ -161,7 +161,7 @@ class LiveRun:
 
     def plan(self, assignment: AssignmentRecord) -> TrainingPlan:
         """What the assignment's client is told to do."""
-        return training_plan(self.config, assignment, self._plateau)
+        return training_plan(self.config, assignment, self._plateau, self._surroundings.name_of(assignment.client_id))
 
     def expected(self, assignment: AssignmentRecord) -> Expected:
         """What the assignment's update must be. Raises NoLongerNeededError when the round is over."""
@@ -458,6 +458,9 @@ class LiveRun:
             model_version=version,
             created_time=self._facilities.clock.now(),
             seed=client_seed(self.config.seed, number, name),
+            learning_rate=(
+                learning_rate(self.config, number, self._plateau, name) if kind is AssignmentKind.TRAIN else 0.0
+            ),
         )
 
     async def _close(self, decision: Decision) -> None:

@@ -160,6 +160,7 @@ def _client_to_proto(
         is_alive=coordinator.is_alive(a.client_id),
         fidelity=_fidelity(a),
         has_diverged=a.has_diverged,
+        learning_rate=a.learning_rate,
         selection_chance=round.chances.get(coordinator.name_of(a.client_id), 0.0) if is_training else 0.0,
     )
 

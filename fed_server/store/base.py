@@ -140,6 +140,8 @@ class AssignmentRecord:
     model_version: int
     created_time: float
     seed: int = 0
+    # What the plan of a training said; 0 for evaluations, and where a version before this wrote the record.
+    learning_rate: float = 0.0
     reason: str = ""
     traceback: str = ""
     received_time: float | None = None

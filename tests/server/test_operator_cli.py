@@ -660,6 +660,23 @@ def test_who_took_part_how_often_is_in_the_report_and_those_left_out_come_first_
     assert f"and {30 - render.WATCHED_CLIENTS} more" in "\n".join(shown)
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_rates_are_in_the_report_where_sites_have_their_own(width: int) -> None:
+    round = _round(1)
+    sites = [_site(client.client_name, 1, 1, 1) for client in round.clients]
+
+    def lines() -> list[str]:
+        return _lines(render.report(runs_pb2.GetReportResponse(run=_run(), rounds=[round], sites=sites), width), width)
+
+    for client in round.clients:
+        client.learning_rate = 0.1
+    assert not [line for line in lines() if re.match(r"client .* rate$", line)]
+    round.clients[0].learning_rate = 0.0125
+    assert [line for line in lines() if re.match(r"client .* rate$", line)]
+    assert [line for line in lines() if re.match(r"bergen .* 0\.0125$", line)]
+    assert [line for line in lines() if re.match(r"oslo .* 0\.1$", line)]
+
+
 def test_a_round_without_its_clients_keeps_those_that_are_known() -> None:
     view = render.WatchView().updated(runs_pb2.WatchRunResponse(run=_run(), rounds=[_round(1)]), 0)
     bare = _round(1)

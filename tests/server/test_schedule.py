@@ -142,7 +142,7 @@ def assignment(round: int) -> AssignmentRecord:
 
 def test_the_plan_has_the_rate_of_its_round() -> None:
     run = config('schedule = { kind = "exponential", factor = 0.5, warmup_rounds = 2 }')
-    plans = [training_plan(run, assignment(r), NO_PLATEAU).optimizer for r in range(1, 6)]
+    plans = [training_plan(run, assignment(r), NO_PLATEAU, "a").optimizer for r in range(1, 6)]
     assert [plan.learning_rate for plan in plans] == [0.25, 0.5, 0.5, 0.25, 0.125]
     assert {plan.epoch_decay for plan in plans} == {0.75}
     assert [learning_rate(run, r) for r in range(1, 6)] == [plan.learning_rate for plan in plans]
@@ -150,7 +150,15 @@ def test_the_plan_has_the_rate_of_its_round() -> None:
 
 def test_the_plan_follows_the_plateau() -> None:
     run = config('schedule = { kind = "plateau", factor = 0.5 }')
-    assert training_plan(run, assignment(3), Plateau(0.25)).optimizer.learning_rate == 0.125
+    assert training_plan(run, assignment(3), Plateau(0.25), "a").optimizer.learning_rate == 0.125
+
+
+def test_a_site_that_the_config_names_has_a_rate_of_its_own_on_the_same_schedule() -> None:
+    run = config('schedule = { kind = "exponential", factor = 0.5 }\nlearning_rate_by_site = { north = 3.0 }')
+    rates = {site: [learning_rate(run, r, site=site) for r in (1, 2, 3)] for site in ("north", "south")}
+    assert rates == {"north": [3.0, 1.5, 0.75], "south": [0.5, 0.25, 0.125]}
+    plans = [training_plan(run, assignment(2), Plateau(), site).optimizer for site in ("north", "south")]
+    assert [plan.learning_rate for plan in plans] == [1.5, 0.25]
 
 
 def test_the_servers_rate_has_a_schedule_of_its_own() -> None:

@@ -113,6 +113,7 @@ ASSIGNMENT = AssignmentRecord(
     model_version=0,
     created_time=13.0,
     seed=2**62,
+    learning_rate=0.1,
     reason="lost its power",
     traceback="Traceback ...",
     received_time=14.0,
