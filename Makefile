@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-codecs bench-bytes bench-feedback proto clean
+.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-feedback proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
@@ -37,6 +37,9 @@ check: .stamps/setup .stamps/proto ## Format, lint, types, import arrows, the co
 
 bench: .stamps/setup ## Measure rounds without training against their floors (docs/benchmarks.md says how to read it)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.echo_rounds $(ARGS)
+
+bench-quick: .stamps/setup ## The same for three sizes, in two minutes
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.echo_rounds --quick $(ARGS)
 
 bench-codecs: .stamps/setup ## Measure what codecs cost and lose, on synthetic vectors and on updates of real clients
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.codecs $(ARGS)

@@ -1,11 +1,13 @@
 """Rounds without training: what the coordinator costs, beside the floors measured in the same run.
 
-    python -m benchmarks.echo_rounds [--quick] [--only 10M:8 ...] [--systems raw "uniform 8"] [--rounds 6]
+    python -m benchmarks.echo_rounds [--quick] [--only 10M:8 ...] [--systems raw "uniform 8" ...] [--rounds 6]
 
 A model of P float32 parameters in ten tensors of uneven size goes to N client processes; each answers with a constant update and
 its own example count, really encoded every round; the coordinator stores, verifies and folds them and commits the weighted mean.
 Light clients keep their model and their update in memory instead of cache and spool. Everything runs on loopback. Seconds are
-the median between two commits, the first round left out. `raw` sends float32 both ways, `uniform 8` 8 bits both ways.
+the median between two commits, the first round left out. `raw` sends float32 both ways, `uniform 8` 8 bits both ways, `raw, adam`
+float32 with a server optimizer that keeps two more models. 200 clients are threads of eight processes. The event loop's lag is the
+coordinator's own figure (fed_server/telemetry.py): the end of the bucket in which the 99th percentile lies.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,18 +34,28 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import psutil
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+IMAGE = Path(__file__).parent.parent / "docs" / "images" / "echo_rounds.png"
 SIZES = {"0.1M": 100_000, "1M": 1_000_000, "10M": 10_000_000, "100M": 100_000_000}
 CLIENTS = (2, 8, 32)
 MOST = 320_000_000
+CROWD = "1M:200"
+"""What shows that memory does not grow with the clients; floors are not measured there."""
+CASES = (*(f"{size}:{count}" for size in SIZES for count in CLIENTS if SIZES[size] * count <= MOST), CROWD)
 QUICK = ("0.1M:8", "1M:8", "10M:8")
+MAX_PROCESSES = 32
+"""Clients beyond so many share eight processes."""
 SYSTEMS = {
     "raw": '[uplink]\nkind = "raw"\n[downlink]\nkind = "raw"\n',
     "uniform 8": '[uplink]\nkind = "uniform"\nbits = 8\n[downlink]\nkind = "delta"\nencoding = { kind = "uniform", bits = 8 }\n',
 }
+SYSTEMS["raw, adam"] = SYSTEMS["raw"] + '[server_optimizer]\nkind = "adam"\n'
+ONLY_AT = {"raw, adam": ("10M:8",)}
+"""Systems that are measured in these cases alone."""
 # Shares of the model that its ten tensors take, in thousandths: a few large ones, many small ones.
 SHARES = (400, 250, 150, 100, 50, 25, 15, 6, 3, 1)
 
@@ -57,6 +71,7 @@ class Row:
     peak_rss_mib: float | None = None
     cpu_seconds_per_round: float | None = None
     wire_mib_per_round: float | None = None
+    lag_p99_seconds: float | None = None
     ratio_to_floor_a: float | None = None
     ratio_to_floor_b: float | None = None
 
@@ -127,14 +142,35 @@ def clients(count: int, target: Callable[..., None], *args: Any) -> Iterator[lis
                 process.kill()
 
 
-def _echo_client(index: int, address: str, join_token: str) -> None:
+def _echo_clients(process: int, num_processes: int, num_clients: int, address: str, join_token: str) -> None:
     from benchmarks.light_client import LightClient, echo_rounds
 
+    def echo(index: int) -> None:
+        client = LightClient(address)
+        client.enroll(join_token, f"client-{index:03d}")
+        echo_rounds(client, 2.0**-10 * (index % 32 + 1), num_examples=index + 1)
+        client.close()
+
     torch.set_num_threads(1)
-    client = LightClient(address)
-    client.enroll(join_token, f"client-{index:03d}")
-    echo_rounds(client, 2.0**-10 * (index + 1), num_examples=index + 1)
-    client.close()
+    mine = [threading.Thread(target=echo, args=(index,)) for index in range(process, num_clients, num_processes)]
+    for thread in mine:
+        thread.start()
+    for thread in mine:
+        thread.join()
+
+
+def lag_p99(metrics_url: str) -> float:
+    """Seconds within which the event loop woke up in 99 of 100 cases since the coordinator started; infinity beyond the last
+    bucket."""
+    with urllib.request.urlopen(metrics_url, timeout=30) as page:
+        families = list(text_string_to_metric_families(page.read().decode()))
+    samples = next(each.samples for each in families if each.name == "fedstream_event_loop_lag_seconds")
+    count = next(sample.value for sample in samples if sample.name.endswith("_count"))
+    return min(
+        float(sample.labels["le"])
+        for sample in samples
+        if sample.name.endswith("_bucket") and sample.value >= 0.99 * count
+    )
 
 
 def _floor_client(index: int, address: str, num_parameters: int, rounds: int) -> None:
@@ -170,16 +206,18 @@ def measure_fedstream(name: str, size: str, num_clients: int, rounds: int, folde
     data = Path(folder) / f"data-{name.replace(' ', '-')}-{size}-{num_clients}"
     server = Watched(
         ["fed_server.cli.server", "run", "--data-dir", str(data), "--listen", "127.0.0.1:0", "--drain-seconds", "0",
-         "--log-level", "warning"]
+         "--log-level", "warning", "--metrics-listen", "127.0.0.1:0"]
     )  # fmt: skip
     address = server.line().split(" on ")[1].split()[0]
+    metrics_url = next(line.split()[1] for line in iter(server.line, "") if line.startswith("metrics"))
     join_token = (data / "join-token").read_text().strip()
     config = (
         f'name = "echo"\nworkload = "echo"\n[cohort]\nsize = {num_clients}\n[schedule]\nmax_rounds = {rounds}\n'
         f'[evaluation]\nat = "none"\n[keep]\nversions = 1\n{SYSTEMS[name]}'
     )
     tensors = {f"w{i}": torch.zeros(n) for i, n in enumerate(tensor_sizes(SIZES[size]))}
-    with clients(num_clients, _echo_client, address, join_token):
+    num_processes = num_clients if num_clients <= MAX_PROCESSES else 8
+    with clients(num_processes, _echo_clients, num_processes, num_clients, address, join_token):
         operator = Operator(f"unix:{data / 'fed-server.sock'}")
         operator.submit(config, tensors)
         cpu_before, wire_before = server.cpu_seconds(), loopback_bytes()
@@ -192,6 +230,7 @@ def measure_fedstream(name: str, size: str, num_clients: int, rounds: int, folde
         row = Row(size, num_clients, f"fedstream {name}", statistics.median(seconds), server.peak_rss_mib())
         row.cpu_seconds_per_round = (server.cpu_seconds() - cpu_before) / rounds
         row.wire_mib_per_round = wire / 2**20
+        row.lag_p99_seconds = lag_p99(metrics_url)
         operator.channel.close()
         server.end()
     return row
@@ -226,11 +265,12 @@ def table(rows: list[Row], title: str) -> Table:
         "peak RSS MiB",
         "CPU s / round",
         "loopback MiB / round",
+        "loop lag p99 ms",
     ):
         result.add_column(column, justify="left" if column == "system" else "right")
 
     def show(value: float | None, digits: int) -> str:
-        return "not measured" if value is None else f"{value:.{digits}f}"
+        return "not run" if value is None else f"{value:.{digits}f}"
 
     for row in rows:
         result.add_row(
@@ -243,6 +283,7 @@ def table(rows: list[Row], title: str) -> Table:
             show(row.peak_rss_mib, 0),
             show(row.cpu_seconds_per_round, 2),
             show(row.wire_mib_per_round, 0),
+            show(1000 * row.lag_p99_seconds, 0) if row.lag_p99_seconds is not None else "",
         )
     return result
 
@@ -269,17 +310,54 @@ def aims(rows: list[Row]) -> list[dict[str, Any]]:
             (f"uniform 8 both ways 10M x {count}: seconds a round over floor (a)", of_uniform, 0.8, "ratio"),
         ]
     listed.append(("0.1M x 8: seconds a round", figure("0.1M", 8, "fedstream raw", "seconds"), 0.06, "s"))
-    for count in (8, 32):
-        peak = figure("10M", count, "fedstream raw", "peak_rss_mib")
+    for count, name in ((8, "raw"), (32, "raw"), (8, "raw, adam"), (8, "uniform 8")):
+        peak = figure("10M", count, f"fedstream {name}", "peak_rss_mib")
         allowed = 2.2 * 4 * SIZES["10M"] / 1e6 + 400
         in_megabytes = peak * 2**20 / 1e6 if peak else None
-        listed.append((f"10M x {count}: peak RSS of the coordinator", in_megabytes, allowed, "MB"))
+        listed.append((f"{name} 10M x {count}: peak RSS of the coordinator", in_megabytes, allowed, "MB"))
+    growth = share(figure("1M", 200, "fedstream raw", "peak_rss_mib"), figure("1M", 8, "fedstream raw", "peak_rss_mib"))
+    listed.append(("raw 1M: peak RSS with 200 clients over that with 8", growth, 1.05, "ratio"))
+    lag = figure("10M", 32, "fedstream raw", "lag_p99_seconds")
+    listed.append(("raw 10M x 32: event loop's lag, 99th percentile", 1000 * lag if lag else None, 20.0, "ms"))
     spent = share(
         figure("10M", 8, "fedstream raw", "cpu_seconds_per_round"),
         figure("10M", 8, "floor (b)", "cpu_seconds_per_round"),
     )
     listed.append(("raw 10M x 8: processor seconds a round over floor (b)", spent, 1.5, "ratio"))
     return [{"what": w, "value": v, "aim": a, "direction": "max", "unit": u} for w, v, a, u in listed]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Writes a PNG: seconds a round of every system, for each number of clients against the size of the model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {
+        "floor (a)": "#bbbbbb",
+        "floor (b)": "#777777",
+        "fedstream raw": "#0072B2",
+        "fedstream uniform 8": "#D55E00",
+    }
+    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, all_axes = pyplot.subplots(
+            1, len(CLIENTS), figsize=(11, 3.8), layout="constrained", dpi=150, sharey=True
+        )
+        for axes, count in zip(all_axes, CLIENTS, strict=True):
+            for system, color in colors.items():
+                points = [
+                    (SIZES[row.size], row.seconds)
+                    for row in rows
+                    if (row.num_clients, row.system) == (count, system) and row.seconds is not None
+                ]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=color, label=system, marker="o", markersize=4)
+            axes.set(xscale="log", yscale="log", xlabel="parameters", title=f"{count} clients")
+        all_axes[0].set_ylabel("seconds a round")
+        all_axes[0].legend(frameon=False, fontsize=8)
+        figure.savefig(path)
+        pyplot.close(figure)
 
 
 def main() -> None:
@@ -298,37 +376,43 @@ def main() -> None:
         system, size, count, rounds, folder = arguments.case
         print(json.dumps(asdict(measure(system, size, int(count), int(rounds), folder))))
         return
-    every = [f"{size}:{count}" for size in SIZES for count in CLIENTS if SIZES[size] * count <= MOST]
-    wanted = arguments.only or (QUICK if arguments.quick else every)
-    console, rows = Console(width=120), []
+    wanted = arguments.only or (QUICK if arguments.quick else CASES)
+    console, rows = Console(width=150), []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for case in every:
+        for case in CASES:
             size, count = case.split(":")
+            systems = [name for name in arguments.systems if case in ONLY_AT.get(name, CASES)]
+            systems = systems[:1] if case == CROWD else systems
             if case not in wanted:
-                rows += [Row(size, int(count), f"fedstream {name}") for name in arguments.systems]
+                rows += [Row(size, int(count), f"fedstream {name}") for name in systems]
                 continue
             rounds = arguments.rounds if SIZES[size] * int(count) <= MOST // 2 else min(4, arguments.rounds)
             with console.status(f"{size} x {count}"):
                 began = time.perf_counter()
-                measured = [measure_apart(s, size, int(count), rounds, folder) for s in ("a", "b", *arguments.systems)]
+                floors = () if case == CROWD else ("a", "b")
+                measured = [measure_apart(s, size, int(count), rounds, folder) for s in (*floors, *systems)]
             for row in measured:
-                row.ratio_to_floor_a, row.ratio_to_floor_b = (
-                    row.seconds / floor.seconds if row.seconds is not None and floor.seconds else None
-                    for floor in measured[:2]
-                )
+                if floors and row.seconds is not None:
+                    row.ratio_to_floor_a, row.ratio_to_floor_b = (
+                        row.seconds / floor.seconds if floor.seconds else None for floor in measured[:2]
+                    )
             rows += measured
             console.print(
                 f"{case}: {time.perf_counter() - began:.0f} s; "
-                + ", ".join(f"{row.system} {row.ratio_to_floor_b:.2f} x floor (b)" for row in measured[2:])
+                + ", ".join(f"{row.system} {row.seconds:.3f} s a round" for row in measured)
             )
     console.print(table(rows, "Echo rounds (light clients: model and update in memory)"))
     found = aims(rows)
     for aim in found:
-        value = "not measured" if aim["value"] is None else f"{aim['value']:.3f} {aim['unit']}"
+        value = "not run" if aim["value"] is None else f"{aim['value']:.3f} {aim['unit']}"
         console.print(f"{aim['what']}: {value} (aim: at most {aim['aim']:g})")
+    if any(row.seconds is None for row in rows) or arguments.systems != list(SYSTEMS):
+        console.print("[dim]not all of it was run, so the JSON and the plot stay as they are[/]")
+        return
     RESULTS.mkdir(exist_ok=True)
     result = {"benchmark": "echo_rounds", "rows": [asdict(row) for row in rows], "aims": found}
     (RESULTS / "echo_rounds.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, IMAGE)
 
 
 if __name__ == "__main__":
