@@ -69,6 +69,28 @@ def evaluate(
     The order of the batches is that of the data, so equal models give equal bits. The model is on `device`; it is put in
     evaluation mode and back. Sums are float64. Raises InvalidError for a metric whose name cannot travel.
     """
+    return _means(workload.metrics, workload, model, data, batch_size, device, on_progress)
+
+
+def mean_loss(workload: Workload, model: nn.Module, data: Data, batch_size: int, device: torch.device) -> float:
+    """Mean of the workload's loss over all examples, as `evaluate` goes over them. Raises InvalidError for no examples."""
+    total, means = _means(
+        lambda model, batch: {"loss": workload.loss(model, batch)}, workload, model, data, batch_size, device
+    )
+    if total == 0:
+        raise InvalidError("there are no examples to measure a loss on")
+    return means["loss"]
+
+
+def _means(
+    measure: Callable[[nn.Module, Any], Mapping[str, float | Tensor]],
+    workload: Workload,
+    model: nn.Module,
+    data: Data,
+    batch_size: int,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, dict[str, float]]:
     total = num_examples(data)
     if total == 0:
         return 0, {}
@@ -78,7 +100,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for indices in torch.split(torch.arange(total), batch_size):
-                measured = workload.metrics(model, batch_of(workload, data, indices, device))
+                measured = measure(model, batch_of(workload, data, indices, device))
                 check_metric_names(measured)
                 if sums and measured.keys() != sums.keys():
                     raise InvalidError(

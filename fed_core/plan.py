@@ -34,6 +34,11 @@ _WIRE_OF_FIELD: Final = {
     "local_work": common_pb2.PLAN_FIELD_LOCAL_WORK,
     "optimizer": common_pb2.PLAN_FIELD_OPTIMIZER,
 }
+_WIRE_OF_MEASURE: Final = {
+    "received_loss": common_pb2.MEASURE_RECEIVED_LOSS,
+    "validation_loss": common_pb2.MEASURE_VALIDATION_LOSS,
+}
+_MEASURE_OF_WIRE: Final = {wire: name for name, wire in _WIRE_OF_MEASURE.items()}
 _FIELD_OF_WIRE: Final = {wire: name for name, wire in _WIRE_OF_FIELD.items()}
 
 MAX_SEED: Final = 2**63 - 1
@@ -86,7 +91,9 @@ class TrainingPlan:
     """What to do with the model received. Exactly one of `epochs` and `steps` is set. Raises InvalidError for values out of range.
 
     `seed` decides everything random at the site in this round. `time_budget_seconds` 0 means no budget. `overridable` names what
-    the site may replace: "batch_size", "learning_rate", "local_work", "optimizer".
+    the site may replace: "batch_size", "learning_rate", "local_work", "optimizer". `measures` names the metrics that it reports
+    besides: "received_loss", of the model received over the training data; "validation_loss", of the trained model over the
+    evaluation data.
     """
 
     batch_size: int
@@ -98,6 +105,7 @@ class TrainingPlan:
     overridable: tuple[str, ...] = ()
     num_threads: int = 1
     objective: ObjectivePlan = field(default_factory=ObjectivePlan)
+    measures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         is_sgd = self.optimizer.kind == "sgd"
@@ -114,6 +122,8 @@ class TrainingPlan:
         _require(0 <= budget < math.inf, "time_budget_seconds", budget, "a number of at least 0")
         unknown = sorted(set(self.overridable) - set(_WIRE_OF_FIELD))
         _require(not unknown, "overridable", unknown, f"names out of {', '.join(_WIRE_OF_FIELD)}")
+        unknown = sorted(set(self.measures) - set(_WIRE_OF_MEASURE))
+        _require(not unknown, "measures", unknown, f"names out of {', '.join(_WIRE_OF_MEASURE)}")
 
     def num_steps(self, num_examples: int) -> int:
         """Optimizer steps that the plan asks of a site with so many examples."""
@@ -131,6 +141,7 @@ class TrainingPlan:
             objective=common_pb2.ObjectivePlan(
                 kind=_WIRE_OF_OBJECTIVE[self.objective.kind], strength=self.objective.strength
             ),
+            measures=[_WIRE_OF_MEASURE[name] for name in self.measures],
         )
         if self.steps is not None:
             message.steps = self.steps
@@ -166,6 +177,10 @@ class TrainingPlan:
                 ),
                 strength=message.objective.strength,
             ),
+            measures=tuple(
+                _MEASURE_OF_WIRE.get(measure, f"measure {measure} of a newer coordinator")
+                for measure in message.measures
+            ),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -181,6 +196,7 @@ class TrainingPlan:
                 "optimizer": OptimizerPlan(**fields["optimizer"]),
                 "objective": ObjectivePlan(**fields["objective"]),
                 "overridable": tuple(fields["overridable"]),
+                "measures": tuple(fields["measures"]),
             }
         )
 

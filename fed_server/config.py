@@ -458,9 +458,18 @@ class MeanConfig(_AggregationTable):
     """Weighted mean of the updates, summed exactly: no arrival order changes a bit."""
 
     kind: Literal["mean"] = Field(default="mean", description="Weighted mean.")
-    weighting: Literal["examples", "uniform", "custom"] = Field(
+    weighting: Literal["examples", "uniform", "custom", "inverse_loss"] = Field(
         default="examples",
-        description="Weight of an update: its number of examples, 1, or the whole number that the workload gives.",
+        description="Weight of an update: its number of examples, 1, the whole number that the workload gives, or in proportion to "
+        "1 / loss of the trained model on the site's evaluation data, which every site must have.",
+    )
+    smallest_loss: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description='With weighting = "inverse_loss": a loss below it counts as this much, so that no site decides '
+        "alone. Unset: 0.01.",
+        examples=[0.05],
     )
     importance: dict[LabelWord, Count] = Field(
         default={},
@@ -481,6 +490,14 @@ class MeanConfig(_AggregationTable):
     @model_validator(mode="after")
     def _check(self) -> MeanConfig:
         most = max(self.importance.values(), default=1)
+        if self.smallest_loss is not None and self.weighting != "inverse_loss":
+            _refuse({"smallest_loss": 'has no effect without weighting = "inverse_loss"; delete it, or set that'})
+        if self.importance and self.weighting == "inverse_loss":
+            _refuse(
+                {
+                    "importance": 'does not go with weighting = "inverse_loss", whose weights have no unit; delete one of them'
+                }
+            )
         if self.weighting == "uniform" and not self.importance and self.max_weight is not None:
             _refuse({"max_weight": 'has no effect with weighting = "uniform", where every weight is 1; delete it'})
         if self.max_weight is not None and most > self.max_weight:

@@ -18,7 +18,7 @@ from fed_client.training.loop import train
 from fed_client.training.residual import RESIDUAL, Update, write_with_feedback
 from fed_client.training.trainer import MODEL_DAMAGED
 from fed_client.training.variates import VARIATE, NextVariate, read_corrections
-from fed_core.batches import check_metric_names, choose_device, evaluate, num_examples, reproducible
+from fed_core.batches import check_metric_names, choose_device, evaluate, mean_loss, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
 from fed_core.codecs.registry import EncodingConfig, encoding_from_json
 from fed_core.errors import CorruptError, DiskFullError, FedstreamError, InvalidError, NotFiniteError, PayloadError
@@ -161,6 +161,7 @@ class SiteJobs:
         with _open_model(model_path, base_digest) as base:
             with reproducible(training.seed, training.num_threads):
                 model, specs = self._load(base, fingerprint, training.seed)
+            measured = self._measure_before(model, training)
             corrections, problem = None, ""
             if training.objective.has_variate:
                 corrections, problem = read_corrections(specs, carried.get(VARIATE))
@@ -173,7 +174,8 @@ class SiteJobs:
                 on_progress,
                 corrections=corrections,
             )
-            check_metric_names(outcome.metrics)
+            metrics = dict(outcome.metrics) | measured | self._measure_after(model, training)
+            check_metric_names(metrics)
             info = UpdateInfo(
                 assignment_id=assignment_id,
                 num_examples=outcome.num_examples,
@@ -181,7 +183,7 @@ class SiteJobs:
                 num_steps=outcome.num_steps,
                 is_partial=outcome.is_partial,
                 training_seconds=outcome.seconds,
-                metrics=outcome.metrics,
+                metrics=metrics,
                 normalizer=outcome.normalizer,
             )
             update = _update(model, base, specs, outcome.normalizer)
@@ -235,10 +237,33 @@ class SiteJobs:
             "num_steps": outcome.num_steps,
             "is_partial": outcome.is_partial,
             "seconds": outcome.seconds,
-            "metrics": dict(outcome.metrics),
+            "metrics": metrics,
             "carried": left,
             "not_carried": not_carried,
         }
+
+    def _measure_before(self, model: nn.Module, plan: TrainingPlan) -> dict[str, float]:
+        """What the plan wants measured before the training. Raises CannotDoError where the site could not measure the rest after
+        it."""
+        if "validation_loss" in plan.measures:
+            held_out = self._evaluation_data
+            if held_out is None or not num_examples(held_out):
+                raise CannotDoError(
+                    "this run weights updates by the loss on the sites' evaluation data, and evaluation_data of the workload has "
+                    "none at this site; hold some examples out, or leave the run"
+                )
+        if "received_loss" not in plan.measures:
+            return {}
+        with reproducible(plan.seed, plan.num_threads):
+            loss = mean_loss(self._workload, model, self._train_data, plan.batch_size, self._device)
+        return {"received_loss": loss}
+
+    def _measure_after(self, model: nn.Module, plan: TrainingPlan) -> dict[str, float]:
+        held_out = self._evaluation_data if "validation_loss" in plan.measures else None
+        if held_out is None:
+            return {}
+        with reproducible(plan.seed, plan.num_threads):
+            return {"validation_loss": mean_loss(self._workload, model, held_out, plan.batch_size, self._device)}
 
     def _evaluate(
         self,

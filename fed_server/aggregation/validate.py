@@ -11,10 +11,11 @@ import torch
 from fed_core.codecs.base import TensorDecoder, is_bounded
 from fed_core.codecs.registry import codec_named
 from fed_core.errors import NotFiniteError, PayloadError, UpdateRefusedError
-from fed_core.payload.manifest import RAW, Manifest, SegmentSpan, TensorEntry, split_bundle
+from fed_core.payload.manifest import RAW, Manifest, SegmentSpan, TensorEntry, UpdateInfo, split_bundle
 from fed_core.payload.reader import check_bundled, check_entry
 from fed_core.specs import TensorSpec, explain_difference
 from fed_core.tensors import torch_dtype
+from fed_server.aggregation.loss_weight import LossWeighting
 from fed_server.aggregation.mean import as_reals
 from fedstream.v1 import common_pb2
 
@@ -26,7 +27,7 @@ class Expected:
     """What an assignment asked for. `bounds` holds the largest absolute value by tensor; tensors without one are not bounded.
     `codecs` are those that the run takes besides raw; `is_normalized`: updates are divided by their work;
     `importance` is what the operator multiplies the weight by; `fixed_weight`, where there is one, is the weight whatever else is
-    said."""
+    said; `loss_weighting`, where there is one, decides in place of `weighting`."""
 
     assignment_id: str
     run_id: str
@@ -41,6 +42,7 @@ class Expected:
     importance: int = 1
     is_normalized: bool = False
     fixed_weight: int | None = None
+    loss_weighting: LossWeighting | None = None
 
 
 def check_manifest(manifest: Manifest, expected: Expected) -> int:
@@ -75,16 +77,19 @@ def check_manifest(manifest: Manifest, expected: Expected) -> int:
             f"the update says normalizer = {update.normalizer:g}, and updates of this run are to {wanted}; install the "
             "coordinator's version at the site"
         )
-    return weight_of(update.num_examples, update.custom_weight, expected)
+    return weight_of(update, expected)
 
 
-def weight_of(num_examples: int, custom_weight: int, expected: Expected) -> int:
+def weight_of(update: UpdateInfo, expected: Expected) -> int:
     """The whole number that the update is weighted by. Raises UpdateRefusedError where it is not in 1..max_weight."""
-    if num_examples < 1:
-        raise UpdateRefusedError(f"num_examples is {num_examples}; expected at least 1")
+    if update.num_examples < 1:
+        raise UpdateRefusedError(f"num_examples is {update.num_examples}; expected at least 1")
     if expected.fixed_weight is not None:
         return expected.fixed_weight
-    weight = {"examples": num_examples, "custom": custom_weight, "uniform": 1}[expected.weighting] * expected.importance
+    if expected.loss_weighting is not None:
+        return expected.loss_weighting.weight_of(update)
+    counts = {"examples": update.num_examples, "custom": update.custom_weight, "uniform": 1}
+    weight = counts[expected.weighting] * expected.importance
     if not 1 <= weight <= expected.max_weight:
         raise UpdateRefusedError(
             f"weight {weight} (by {expected.weighting}) is outside 1..{expected.max_weight}; raise aggregation.max_weight or "

@@ -8,9 +8,11 @@ from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.registry import EncodingConfig
 from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
 from fed_server.aggregation.grid import GridPolicy, grid_policy
+from fed_server.aggregation.loss_weight import VALIDATION_LOSS, LossWeighting
 from fed_server.config import (
     EpochsConfig,
     FedDynConfig,
+    MeanConfig,
     ObjectiveConfig,
     PlainObjectiveConfig,
     PlateauScheduleConfig,
@@ -50,11 +52,27 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plat
         overridable=training.overridable,
         num_threads=training.num_threads,
         objective=_objective(training.objective),
+        measures=_measures(config) if is_training else (),
     )
 
 
 def _objective(config: ObjectiveConfig) -> ObjectivePlan:
     return ObjectivePlan(config.kind, 0.0 if isinstance(config, PlainObjectiveConfig) else config.strength)
+
+
+def _measures(config: RunConfig) -> tuple[str, ...]:
+    weighting = loss_weighting(config)
+    return (weighting.metric,) if weighting is not None else ()
+
+
+def loss_weighting(config: RunConfig) -> LossWeighting | None:
+    """How weights go by a loss that the sites report; None where they do not."""
+    aggregation = config.aggregation
+    if not (isinstance(aggregation, MeanConfig) and aggregation.weighting == "inverse_loss"):
+        return None
+    return LossWeighting(
+        VALIDATION_LOSS, aggregation.smallest_loss or _SMALLEST_LOSS, -1.0, run_grid_policy(config).max_weight
+    )
 
 
 def learning_rate(config: RunConfig, round: int, plateau: Plateau = NO_PLATEAU, site: str = "") -> float:
@@ -101,6 +119,9 @@ def run_grid_policy(config: RunConfig) -> GridPolicy:
     limit = num_selected(config.cohort.size, config.cohort.over_selection)
     return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
 
+
+# The loss below which none counts more by "inverse_loss", where the config does not say.
+_SMALLEST_LOSS = 0.01
 
 # Part of the chances that a draw by importance deals out whatever the losses are, where the config does not say.
 _EQUAL_PART = 0.2

@@ -43,6 +43,7 @@ from fed_server.rounds.importance import SiteReport
 from fed_server.rounds.metrics import mean_metrics
 from fed_server.rounds.policy import (
     learning_rate,
+    loss_weighting,
     plateau_after,
     population,
     run_grid_policy,
@@ -181,6 +182,7 @@ class LiveRun:
             importance=self.config.aggregation.importance.get(self._surroundings.name_of(assignment.client_id), 1),
             is_normalized=self._is_normalized,
             fixed_weight=self.round.weights.get(self._surroundings.name_of(assignment.client_id)),
+            loss_weighting=loss_weighting(self.config),
         )
 
     @property

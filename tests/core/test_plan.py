@@ -42,6 +42,7 @@ plans = st.builds(
     overridable=st.lists(st.sampled_from(PARTS), unique=True).map(tuple),
     num_threads=st.integers(1, 1024),
     objective=objectives,
+    measures=st.lists(st.sampled_from(["received_loss", "validation_loss"]), unique=True).map(tuple),
 )
 
 
@@ -55,6 +56,7 @@ def test_every_field_survives_the_wire_and_the_pipe(plan: TrainingPlan) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        (lambda m: m.measures.append(99), "measures is .*measure 99 of a newer coordinator"),
         (lambda m: m.ClearField("epochs"), "local work"),
         (lambda m: setattr(m, "epochs", 0), "epochs"),
         (lambda m: setattr(m, "steps", -1), "steps"),

@@ -191,6 +191,7 @@ EVERY_OPTION += [
     f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, first_error = 0.01 }}\n',
     f'{MINIMAL}downlink = {{ kind = "raw" }}\n',
     f'{MINIMAL}cohort.selection = "importance"\ncohort.equal_part = 0.5\n',
+    f'{MINIMAL}aggregation = {{ kind = "mean", weighting = "inverse_loss", smallest_loss = 0.5 }}\n',
     f"{MINIMAL}[training.learning_rate_by_site]\nnorth = 0.05\n",
 ]
 

@@ -247,6 +247,30 @@ PLAN_FIELD_OPTIMIZER: PlanField.ValueType  # 4
 """OptimizerPlan.kind."""
 Global___PlanField: _TypeAlias = PlanField  # noqa: Y015
 
+class _Measure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MeasureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Measure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEASURE_UNSPECIFIED: _Measure.ValueType  # 0
+    """Never sent; refused."""
+    MEASURE_RECEIVED_LOSS: _Measure.ValueType  # 1
+    """"received_loss": mean loss of the model received over the site's training data, before the first step."""
+    MEASURE_VALIDATION_LOSS: _Measure.ValueType  # 2
+    """"validation_loss": mean loss of the trained model over the site's evaluation data. A site that has none cannot train in the run."""
+
+class Measure(_Measure, metaclass=_MeasureEnumTypeWrapper):
+    """What a client measures besides its training, and reports among the metrics of its update."""
+
+MEASURE_UNSPECIFIED: Measure.ValueType  # 0
+"""Never sent; refused."""
+MEASURE_RECEIVED_LOSS: Measure.ValueType  # 1
+""""received_loss": mean loss of the model received over the site's training data, before the first step."""
+MEASURE_VALIDATION_LOSS: Measure.ValueType  # 2
+""""validation_loss": mean loss of the trained model over the site's evaluation data. A site that has none cannot train in the run."""
+Global___Measure: _TypeAlias = Measure  # noqa: Y015
+
 class _AssignmentKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -512,6 +536,7 @@ class TrainingPlan(_message.Message):
     OVERRIDABLE_FIELD_NUMBER: _builtins.int
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    MEASURES_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local data, at least 1."""
     steps: _builtins.int
@@ -538,6 +563,10 @@ class TrainingPlan(_message.Message):
     def objective(self) -> Global___ObjectivePlan:
         """What to minimize; absent: the workload's loss alone."""
 
+    @_builtins.property
+    def measures(self) -> _containers.RepeatedScalarFieldContainer[Global___Measure.ValueType]:
+        """What to measure besides. The time for it is no part of the time budget. A client refuses an assignment with what it does not know."""
+
     def __init__(
         self,
         *,
@@ -550,10 +579,11 @@ class TrainingPlan(_message.Message):
         overridable: _abc.Iterable[Global___PlanField.ValueType] | None = ...,
         num_threads: _builtins.int = ...,
         objective: Global___ObjectivePlan | None = ...,
+        measures: _abc.Iterable[Global___Measure.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "local_work", b"local_work", "objective", b"objective", "optimizer", b"optimizer", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "local_work", b"local_work", "num_threads", b"num_threads", "objective", b"objective", "optimizer", b"optimizer", "overridable", b"overridable", "seed", b"seed", "steps", b"steps", "time_budget_seconds", b"time_budget_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "local_work", b"local_work", "measures", b"measures", "num_threads", b"num_threads", "objective", b"objective", "optimizer", b"optimizer", "overridable", b"overridable", "seed", b"seed", "steps", b"steps", "time_budget_seconds", b"time_budget_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_local_work: _TypeAlias = _typing.Literal["epochs", "steps"]  # noqa: Y015
     _WhichOneofArgType_local_work: _TypeAlias = _typing.Literal["local_work", b"local_work"]  # noqa: Y015
