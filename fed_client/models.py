@@ -60,6 +60,26 @@ class Models:
             self._assemble(assignment, base, trainer, stop, log)
         return self._cache.path(model.digest)
 
+    def obtain_variate(
+        self, assignment: participation_pb2.Assignment, stop: Stop, on_progress: Progress, log: Any
+    ) -> Path | None:
+        """The path of the common variate that the assignment names, whole and verified; None where it names none. Raises as
+        `obtain` does."""
+        if not assignment.HasField("variate"):
+            return None
+        variate = assignment.variate
+        _check_payload(variate)
+        if not self._cache.has_step(variate.digest):
+
+            def fetched(num_bytes: int) -> None:
+                on_progress(num_bytes, variate.total_bytes)
+
+            try:
+                self._downloads.fetch(assignment.assignment_id, variate, stop, fetched, log, is_model=False)
+            except (NotFoundError, PermissionDeniedError) as error:
+                raise WayLostError(f"the coordinator no longer gives out the variate that it named: {error}") from error
+        return self._cache.step(variate.digest)
+
     def _fetch(
         self,
         assignment: participation_pb2.Assignment,
@@ -149,5 +169,9 @@ def _check(model: participation_pb2.ModelRef) -> None:
             f"{DIGEST_BYTES} bytes and at most {MAX_PAYLOADS} payloads"
         )
     for payload in model.payloads:
-        if len(payload.digest) != DIGEST_BYTES or payload.total_bytes < PREAMBLE_BYTES:
-            raise InvalidError("the assignment names a payload without a digest or length")
+        _check_payload(payload)
+
+
+def _check_payload(payload: common_pb2.PayloadRef) -> None:
+    if len(payload.digest) != DIGEST_BYTES or payload.total_bytes < PREAMBLE_BYTES:
+        raise InvalidError("the assignment names a payload without a digest or length")

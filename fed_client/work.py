@@ -112,7 +112,8 @@ class WorkTable:
             held = self._held.get(assignment.assignment_id)
             if held is None or held.stop.is_set or held.phase not in _NOT_BEGUN or (held.is_waiting and not ends_wait):
                 return False
-            has_changed = held.is_waiting or held.assignment.model != assignment.model
+            before = held.assignment
+            has_changed = held.is_waiting or (before.model, before.variate) != (assignment.model, assignment.variate)
             held.assignment, held.is_waiting = assignment, False
             self._changed.notify_all()
             return has_changed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -101,19 +102,24 @@ class Worker:
         """Digests of the models of what is held, and of the payloads that those are to be made of that are not here."""
         models = [held.assignment.model for held in self._table.held()]
         missing = [model for model in models if not self._cache.has_model(model.digest)]
-        return {model.digest for model in models} | {each.digest for model in missing for each in model.payloads}
+        steps = {each.digest for model in missing for each in model.payloads}
+        variates = {
+            held.assignment.variate.digest for held in self._table.held() if held.assignment.HasField("variate")
+        }
+        return {model.digest for model in models} | steps | variates
 
     def _work(self, held: Held, log: Any) -> None:
         assignment = held.assignment  # a poll answer may put another in its place meanwhile
         is_training = assignment.kind == common_pb2.ASSIGNMENT_KIND_TRAIN
         encoding = encoding_name(assignment.uplink)
+        fetches = [*assignment.model.payloads, *([assignment.variate] if assignment.HasField("variate") else [])]
         log.info(
             "assignment taken",
             kind="train" if is_training else "evaluate",
             workload=assignment.workload.name,
             model_version=assignment.model.version,
-            fetches=len(assignment.model.payloads),
-            fetch_bytes=sum(payload.total_bytes for payload in assignment.model.payloads),
+            fetches=len(fetches),
+            fetch_bytes=sum(payload.total_bytes for payload in fetches),
             reads=str(self._settings.data) if self._settings.data else "what the workload reads",
             sends=f"update of the shared tensors, encoded as {encoding}; metrics" if is_training else "metrics",
         )
@@ -125,14 +131,20 @@ class Worker:
         trainer = self._trainers[assignment.workload.name]
         known = self._cache.digests()
         self._models.obtain(assignment, trainer, held.stop, downloaded, log)
+        variate = self._models.obtain_variate(assignment, held.stop, downloaded, log)
         if assignment.model.digest not in known:
             self._question.ask_now()  # what comes next may then build on it
         try:
-            (self._train if is_training else self._evaluate)(held, assignment, trainer, log)
+            if is_training:
+                self._train(held, assignment, trainer, variate, log)
+            else:
+                self._evaluate(held, assignment, trainer, log)
         except WorkloadError as error:
             if error.kind != MODEL_DAMAGED:
                 raise
             self._cache.discard(assignment.model.digest)
+            if assignment.HasField("variate"):
+                self._cache.discard(assignment.variate.digest)
             raise WayLostError(str(error)) from error
 
     def _ask_again(self, held: Held, error: WayLostError, log: Any) -> None:
@@ -153,7 +165,14 @@ class Worker:
         self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_QUEUED)
         self._question.ask_now()
 
-    def _train(self, held: Held, assignment: participation_pb2.Assignment, trainer: Trainer, log: Any) -> None:
+    def _train(
+        self,
+        held: Held,
+        assignment: participation_pb2.Assignment,
+        trainer: Trainer,
+        variate: Path | None,
+        log: Any,
+    ) -> None:
         overrides = SiteOverrides(**self._settings.overrides.model_dump())
         plan, refused = apply_overrides(TrainingPlan.from_proto(assignment.plan), overrides)
         if refused:
@@ -174,6 +193,7 @@ class Worker:
             out_path=self._spool.path(assignment_id),
             carried=carried.promoted(run_id, assignment.fingerprint),
             carry_to=carried.prefix(run_id, assignment_id),
+            variate=(variate, assignment.variate.digest.hex()) if variate is not None else None,
         )
         self._begin(held, common_pb2.WORK_PHASE_TRAINING)
         with held.stop.interrupting(trainer.cancel):

@@ -24,6 +24,7 @@ _WIRE_OF_OBJECTIVE: Final = {
     "fedprox": common_pb2.OBJECTIVE_KIND_FEDPROX,
     "fednova": common_pb2.OBJECTIVE_KIND_FEDNOVA,
     "feddyn": common_pb2.OBJECTIVE_KIND_FEDDYN,
+    "scaffold": common_pb2.OBJECTIVE_KIND_SCAFFOLD,
 }
 _OBJECTIVE_OF_WIRE: Final = {wire: kind for kind, wire in _WIRE_OF_OBJECTIVE.items()} | {
     common_pb2.OBJECTIVE_KIND_UNSPECIFIED: "plain"
@@ -67,7 +68,8 @@ class OptimizerPlan:
 class ObjectivePlan:
     """What a client minimizes: "plain", the workload's loss; "fedprox", that plus strength / 2 |w - w received|^2; "fednova", the
     same, with an update that is divided by the work behind it; "feddyn", as fedprox, less the inner product of w and the site's
-    variate, which it carries from round to round. Raises InvalidError for values out of range."""
+    variate, which it carries from round to round; "scaffold", the workload's loss, with gradients that are corrected by the common
+    variate less the site's. Raises InvalidError for values out of range."""
 
     kind: str = "plain"
     strength: float = 0.0
@@ -75,7 +77,8 @@ class ObjectivePlan:
     def __post_init__(self) -> None:
         _require(self.kind in _WIRE_OF_OBJECTIVE, "objective", self.kind, f"one of {', '.join(_WIRE_OF_OBJECTIVE)}")
         _require(0 <= self.strength < math.inf, "objective.strength", self.strength, "a number of at least 0")
-        _require(self.kind != "plain" or not self.strength, "objective.strength", self.strength, "0 with plain")
+        has_pull = self.kind not in ("plain", "scaffold")
+        _require(has_pull or not self.strength, "objective.strength", self.strength, f"0 with {self.kind}")
         _require(
             self.kind != "feddyn" or self.strength > 0, "objective.strength", self.strength, "more than 0 with feddyn"
         )
@@ -83,7 +86,12 @@ class ObjectivePlan:
     @property
     def has_variate(self) -> bool:
         """Whether a site carries something from round to round that its gradients are corrected by."""
-        return self.kind == "feddyn"
+        return self.kind in ("feddyn", "scaffold")
+
+    @property
+    def needs_sgd(self) -> bool:
+        """Whether it goes by the work behind an update, which can be told of SGD only."""
+        return self.kind in ("fednova", "scaffold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +117,8 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         is_sgd = self.optimizer.kind == "sgd"
-        _require(
-            is_sgd or self.objective.kind != "fednova", "objective", "fednova", f"another with {self.optimizer.kind}"
-        )
+        kind = self.objective.kind
+        _require(is_sgd or not self.objective.needs_sgd, "objective", kind, f"another with {self.optimizer.kind}")
         _require((self.epochs is None) != (self.steps is None), "local work", "both or none", "epochs or steps")
         for name, value in (("epochs", self.epochs), ("steps", self.steps)):
             _require(value is None or value >= 1, name, value, "at least 1")
@@ -235,8 +242,10 @@ def apply_overrides(plan: TrainingPlan, overrides: SiteOverrides) -> tuple[Train
         if part not in plan.overridable:
             setting = part if name == "kind" else name
             refused.append(f"{setting} = {value} is ignored: this run does not let a site override {part}")
-        elif name == "kind" and value != "sgd" and plan.objective.kind == "fednova":
-            refused.append(f"optimizer = {value} is ignored: this run normalizes updates (fednova), which needs sgd")
+        elif name == "kind" and value != "sgd" and plan.objective.needs_sgd:
+            refused.append(
+                f"optimizer = {value} is ignored: this run goes by the work behind updates ({plan.objective.kind}), which needs sgd"
+            )
         elif part == "local_work":
             changes |= {"epochs": None, "steps": None, name: value}
         elif part == "batch_size":

@@ -79,6 +79,15 @@ def is_floating(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat", "complex"))
 
 
+def variate_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The tensors of a model's variate (what gradients are corrected by): parameters of floating types, of at least 32 bits."""
+    return [
+        TensorSpec(spec.name, spec.shape, "float32" if spec.dtype in ("float16", "bfloat16") else spec.dtype)
+        for spec in specs
+        if spec.role == PARAMETER and is_floating(spec.dtype)
+    ]
+
+
 def to_proto(spec: TensorSpec) -> common_pb2.TensorSpec:
     """The spec as it travels. Raises PayloadError where the dtype or the role has no place in the contract."""
     if spec.dtype not in _WIRE_OF_DTYPE:

@@ -369,8 +369,28 @@ class FedDynConfig(VariateConfig):
         return problems
 
 
+class ScaffoldConfig(VariateConfig):
+    """The workload's loss, with gradients that are corrected by what all sites' are in the mean less what the site's own are
+    (SCAFFOLD, Karimireddy et al. 2020), for sites whose data differ. A site carries its variate from round to round, and the common
+    one travels beside the model. Needs the optimizer sgd and [uplink] kind = "raw"."""
+
+    kind: Literal["scaffold"] = Field(
+        default="scaffold", description="Gradients corrected towards those of all sites. Needs sgd and a raw uplink."
+    )
+
+    def problems(self, run: RunConfig) -> dict[str, str]:
+        """See `VariateConfig.problems`."""
+        problems = super().problems(run)
+        if run.uplink.kind != "raw":
+            problems["uplink"] = (
+                f"scaffold takes the sites' gradients from their updates, and what {run.uplink.kind} loses of those would come back "
+                'in every gradient of the next rounds; write kind = "raw" under [uplink], or take another objective'
+            )
+        return problems
+
+
 ObjectiveConfig = Annotated[
-    PlainObjectiveConfig | FedProxConfig | FedNovaConfig | FedDynConfig, Field(discriminator="kind")
+    PlainObjectiveConfig | FedProxConfig | FedNovaConfig | FedDynConfig | ScaffoldConfig, Field(discriminator="kind")
 ]
 LocalWorkConfig = Annotated[EpochsConfig | StepsConfig, Field(discriminator="kind")]
 OptimizerConfig = Annotated[SgdConfig | AdamConfig | AdamWConfig, Field(discriminator="kind")]
@@ -410,11 +430,11 @@ class TrainingConfig(ConfigTable):
     def _check(self) -> TrainingConfig:
         if len(set(self.overridable)) != len(self.overridable):
             _refuse({"overridable": f"expected each name once, got {_show(self.overridable)}; delete the repetition"})
-        if isinstance(self.objective, FedNovaConfig) and not isinstance(self.optimizer, SgdConfig):
+        if isinstance(self.objective, FedNovaConfig | ScaffoldConfig) and not isinstance(self.optimizer, SgdConfig):
             _refuse(
                 {
-                    "objective": f"fednova divides updates by the work of sgd, and the optimizer is {self.optimizer.kind}; take "
-                    "sgd, or another objective"
+                    "objective": f"{self.objective.kind} divides updates by the work of sgd, and the optimizer is "
+                    f"{self.optimizer.kind}; take sgd, or another objective"
                 }
             )
         return self

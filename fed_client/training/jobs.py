@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fed_client.training.loop import train
 from fed_client.training.residual import RESIDUAL, Update, write_with_feedback
 from fed_client.training.trainer import MODEL_DAMAGED
-from fed_client.training.variates import VARIATE, NextVariate, read_corrections
+from fed_client.training.variates import VARIATE, NextVariate, add_common, read_corrections
 from fed_core.batches import check_metric_names, choose_device, evaluate, mean_loss, num_examples, reproducible
 from fed_core.child_process import Json, OnProgress
 from fed_core.codecs.registry import EncodingConfig, encoding_from_json
@@ -154,6 +154,7 @@ class SiteJobs:
         out_path: str,
         carried: dict[str, tuple[str, str]],
         carry_to: str | None,
+        common: tuple[str, str] | None = None,
         on_progress: OnProgress,
     ) -> Json:
         encoding = _encoding(uplink)
@@ -165,6 +166,9 @@ class SiteJobs:
             corrections, problem = None, ""
             if training.objective.has_variate:
                 corrections, problem = read_corrections(specs, carried.get(VARIATE))
+                if common is not None:
+                    with _open_model(*common) as payload:
+                        add_common(corrections, specs, payload)
             outcome = train(
                 self._workload,
                 model,
@@ -185,6 +189,7 @@ class SiteJobs:
                 training_seconds=outcome.seconds,
                 metrics=metrics,
                 normalizer=outcome.normalizer,
+                work=outcome.work,
             )
             update = _update(model, base, specs, outcome.normalizer)
         del model  # an encoding may need room, and the update is all that is left to do
@@ -195,7 +200,8 @@ class SiteJobs:
             variate: NextVariate | None = None
             if corrections is not None and carry_to is not None:
                 path = Path(f"{carry_to}.{VARIATE}")
-                variate = stack.enter_context(NextVariate(path, specs, corrections, training.objective.strength))
+                factor = 1 / outcome.work if outcome.work else training.objective.strength
+                variate = stack.enter_context(NextVariate(path, specs, corrections, factor))
 
             def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
                 keeping = [keep for keep in (on_decoded, variate.keep if variate else None) if keep is not None]
@@ -321,7 +327,7 @@ def _encoding(uplink: str) -> EncodingConfig:
 
 
 def _open_model(path: str, digest: str) -> PayloadReader:
-    """The model that was verified when it came. Raises CorruptError where it is no longer what it was."""
+    """The model, or another payload, that was verified when it came. Raises CorruptError where it is no longer what it was."""
     try:
         return PayloadReader(Path(path), bytes.fromhex(digest))
     except (PayloadError, CorruptError, FileNotFoundError) as error:

@@ -21,7 +21,7 @@ from fed_core.workload import Data, Workload
 class TrainOutcome:
     """What the training came to. `num_examples` counts the different examples trained on; `metrics["loss"]` is the mean over all
     examples seen, each time at the parameters of that moment. `normalizer` is what the update is to be divided by; 0: by
-    nothing."""
+    nothing. `work` is what it says is behind it; 0: nothing."""
 
     num_steps: int
     num_examples: int
@@ -29,6 +29,7 @@ class TrainOutcome:
     metrics: Mapping[str, float]
     seconds: float
     normalizer: float = 0.0
+    work: float = 0.0
 
 
 def train(
@@ -83,6 +84,7 @@ def train(
         metrics={"loss": loss_sum / num_seen},
         seconds=clock() - begin,
         normalizer=objective.normalizer(),
+        work=objective.work(),
     )
 
 

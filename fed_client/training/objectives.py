@@ -37,6 +37,9 @@ class Objective:
 
     FedDyn (Acar et al. 2021, https://arxiv.org/abs/2111.04263, algorithm 1): as FedProx, and the site's variate is taken off the
     gradient (variates.py). Memory: two more copies of the parameters.
+
+    SCAFFOLD (Karimireddy et al. 2020, https://arxiv.org/abs/1910.06378, algorithm 1): the common variate is added to the gradient
+    and the site's taken off (variates.py). The work behind the update is a of FedNova. Memory: one more copy of the parameters.
     """
 
     def __init__(
@@ -51,8 +54,8 @@ class Objective:
         self._plan = plan
         self._num_steps = 0
         self._share = self._work = 0.0
-        if plan.kind == "fednova":
-            _check_sgd(optimizer)
+        if plan.needs_sgd:
+            _check_sgd(plan.kind, optimizer)
         named = dict(model.named_parameters(remove_duplicate=False))
         of_parameter = {
             named[name]: correction.to(named[name])
@@ -70,12 +73,20 @@ class Objective:
 
     def normalizer(self) -> float:
         """What the update is to be divided by; 0 where it is sent as it is. Raises InvalidError where no step was seen."""
+        self._check_steps()
+        return self._work if self._plan.kind == "fednova" else 0.0
+
+    def work(self) -> float:
+        """What the update says is behind it; 0 where that is not asked for. Raises InvalidError where no step was seen."""
+        self._check_steps()
+        return self._work if self._plan.kind == "scaffold" else 0.0
+
+    def _check_steps(self) -> None:
         if self._plan.kind != "plain" and not self._num_steps:
             raise InvalidError(
                 f"the workload's training_step did not call optimizer.step(), and the objective {self._plan.kind!r} works there; "
                 "step with the optimizer, or ask for the plain objective"
             )
-        return self._work if self._plan.kind == "fednova" else 0.0
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._num_steps += 1
@@ -90,13 +101,13 @@ class Objective:
                     parameter.grad.add_(parameter.sub(received).mul_(self._plan.strength))
                 if correction is not None:
                     parameter.grad.add_(correction)
-        if self._plan.kind == "fednova":
+        if self._plan.needs_sgd:
             group = optimizer.param_groups[0]
             self._share = group["momentum"] * self._share + 1.0
             self._work += group["lr"] * self._share
 
 
-def _check_sgd(optimizer: Optimizer) -> None:
+def _check_sgd(kind: str, optimizer: Optimizer) -> None:
     groups = optimizer.param_groups
     is_plain = isinstance(optimizer, torch.optim.SGD) and all(
         not group["nesterov"] and not group["dampening"] and group["momentum"] == groups[0]["momentum"]
@@ -104,6 +115,6 @@ def _check_sgd(optimizer: Optimizer) -> None:
     )
     if not is_plain:
         raise InvalidError(
-            f"the objective 'fednova' needs torch.optim.SGD without nesterov and dampening and with one momentum; the workload's "
+            f"the objective {kind!r} needs torch.optim.SGD without nesterov and dampening and with one momentum; the workload's "
             f"optimizer() made {type(optimizer).__name__}"
         )

@@ -71,7 +71,9 @@ class TrainJob:
     coordinator's JSON; `out_path`'s folder exists.
 
     `carried` is what earlier updates of the run left behind, (path, digest) by kind; what this one leaves behind goes to `carry_to`
-    with `.<kind>` appended, in a folder that need not exist. Without `carry_to` nothing is carried over."""
+    with `.<kind>` appended, in a folder that need not exist. Without `carry_to` nothing is carried over.
+
+    `variate` is the run's common variate, a payload and its digest; without it that is zero."""
 
     assignment_id: str
     run_id: str
@@ -85,6 +87,7 @@ class TrainJob:
     out_path: Path
     carried: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
     carry_to: Path | None = None
+    variate: tuple[Path, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,7 @@ class Trainer:
             "out_path": str(job.out_path),
             "carried": {kind: [str(path), digest] for kind, (path, digest) in job.carried.items()},
             "carry_to": str(job.carry_to) if job.carry_to is not None else None,
+            "common": [str(job.variate[0]), job.variate[1]] if job.variate is not None else None,
         }
         return TrainResult(**self._call(request, on_progress))
 

@@ -1,12 +1,17 @@
 """A site's variate: what its gradients are known to be on its own, carried from round to round and taken off them.
 
 FedDyn (Acar et al. 2021, https://arxiv.org/abs/2111.04263, algorithm 1) calls it the gradient of the local loss at the last local
-model. With h that variate, d the update as the coordinator decodes it, and s the strength, called alpha there:
+model, SCAFFOLD (Karimireddy et al. 2020, https://arxiv.org/abs/1910.06378, algorithm 1, option II) a control variate. With h that
+variate, d the update as the coordinator decodes it, a the work behind it (objectives.py), s the strength, which FedDyn calls alpha,
+and c the common variate, which SCAFFOLD's coordinator sends along:
 
-    the gradient g of the loss becomes  g - h + s (w - w received)          h' = h - s d
+    FedDyn      the gradient g of the loss becomes  g - h + s (w - w received)      h' = h - s d
+    SCAFFOLD                                        g - h + c                       h' = h - c - d / a
 
 What differs here: h' goes by what the coordinator was sent and not by what was trained, so both sides know the same of a round
-whatever the encoding loses; and h' takes the place of h only once the coordinator has counted the update (fed_client/carried.py).
+whatever the encoding loses, and the site need not send its h' beside the update; a counts step sizes that change and momentum,
+which the paper's K eta does not; and h' takes the place of h only once the coordinator has counted the update
+(fed_client/carried.py).
 
 A site that has lost its variate goes on as one that has not taken part yet: h = 0. It holds what the site's data taught and never
 leaves the site but as part of later updates. Parameters of floating types have one, of at least 32 bits; buffers have none.
@@ -22,25 +27,18 @@ import torch
 from torch import Tensor
 
 from fed_client.training.leaving import LeftFile
-from fed_core.errors import PayloadError
+from fed_core.errors import InvalidError, PayloadError
+from fed_core.payload.reader import PayloadReader
 from fed_core.safetensors_tiles import SafetensorsReader, tensors_digest
-from fed_core.specs import PARAMETER, TensorSpec, explain_difference, is_floating
+from fed_core.specs import TensorSpec, explain_difference, variate_specs
 from fed_core.tensors import torch_dtype
+from fedstream.v1 import common_pb2
 
 VARIATE: Final = "variate"
 """Its kind among what a site carries over."""
 
 Corrections = dict[str, Tensor]
 """What is added to the gradients, by the name of the parameter: on the CPU, of the types of `variate_specs`."""
-
-
-def variate_specs(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """The tensors of a model's variate."""
-    return [
-        TensorSpec(spec.name, spec.shape, "float32" if spec.dtype in ("float16", "bfloat16") else spec.dtype)
-        for spec in specs
-        if spec.role == PARAMETER and is_floating(spec.dtype)
-    ]
 
 
 def read_corrections(specs: Sequence[TensorSpec], variate: tuple[str, str] | None) -> tuple[Corrections, str]:
@@ -67,6 +65,18 @@ def read_corrections(specs: Sequence[TensorSpec], variate: tuple[str, str] | Non
         for correction in corrections.values():
             correction.zero_()
     return corrections, problem
+
+
+def add_common(corrections: Corrections, specs: Sequence[TensorSpec], common: PayloadReader) -> None:
+    """Adds the common variate of a model with these tensors, in place: c - h. Raises InvalidError where it is another model's,
+    CorruptError where it is not what it was when it came. Memory: a tile."""
+    problem = explain_difference(variate_specs(specs), common.manifest.specs)
+    if problem or common.manifest.kind != common_pb2.PAYLOAD_KIND_VARIATE:
+        raise InvalidError(f"the common variate is another model's: {problem or 'it is no variate at all'}")
+    for name, correction in corrections.items():
+        flat = correction.reshape(-1)
+        for first, tile in common.iter_tiles(name, verify=True):
+            flat[first : first + len(tile)].add_(tile)
 
 
 class NextVariate(LeftFile):

@@ -33,6 +33,7 @@ _KINDS: Final = {
     common_pb2.PAYLOAD_KIND_UPDATE,
     common_pb2.PAYLOAD_KIND_DELTA,
     common_pb2.PAYLOAD_KIND_PARTIAL,
+    common_pb2.PAYLOAD_KIND_VARIATE,
 }
 _CODEC_NAME: Final = re.compile(rf"[a-z0-9_.-]{{1,{limits.MAX_CODEC_BYTES}}}")
 _METRIC_NAME: Final = re.compile(rf"[a-z0-9_.]{{1,{limits.MAX_METRIC_NAME_BYTES}}}")
@@ -98,6 +99,7 @@ class UpdateInfo:
     error: float = 0.0
     gain: float = 1.0
     normalizer: float = 0.0
+    work: float = 0.0
 
     def to_proto(self) -> payload_pb2.UpdateInfo:
         """The message that travels."""
@@ -112,6 +114,7 @@ class UpdateInfo:
             error=self.error,
             gain=self.gain,
             normalizer=self.normalizer,
+            work=self.work,
         )
 
 
@@ -465,7 +468,8 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
         raise PayloadError(
             f"the update says training_seconds = {message.training_seconds}; expected a number from 0 on"
         )
-    for name, number in (("error", message.error), ("gain", message.gain), ("normalizer", message.normalizer)):
+    for name in ("error", "gain", "normalizer", "work"):
+        number = getattr(message, name)
         if not math.isfinite(number) or (name != "gain" and number < 0):
             raise PayloadError(
                 f"the update says {name} = {number}; expected a number, and at least 0 for the error and the normalizer"
@@ -489,6 +493,7 @@ def _read_update(message: payload_pb2.UpdateInfo) -> UpdateInfo:
         error=message.error,
         gain=message.gain if message.HasField("gain") else 1.0,
         normalizer=message.normalizer,
+        work=message.work,
     )
 
 
@@ -509,11 +514,13 @@ def _read_partial(message: payload_pb2.PartialInfo) -> PartialInfo:
 def _check_header(manifest: Manifest) -> None:
     if manifest.kind not in _KINDS:
         raise PayloadError(
-            f"the payload is of the unknown kind {manifest.kind}; expected a model, an update, a delta or a partial aggregate"
+            f"the payload is of the unknown kind {manifest.kind}; expected a model, an update, a delta, a partial aggregate or "
+            "a variate"
         )
     is_update = manifest.kind == common_pb2.PAYLOAD_KIND_UPDATE
     is_model = manifest.kind == common_pb2.PAYLOAD_KIND_MODEL
     is_partial = manifest.kind == common_pb2.PAYLOAD_KIND_PARTIAL
+    is_variate = manifest.kind == common_pb2.PAYLOAD_KIND_VARIATE
     if manifest.model_version < 0:
         raise PayloadError(f"the payload says model version {manifest.model_version}; expected 0 or more")
     if is_update != (manifest.update is not None):
@@ -524,18 +531,23 @@ def _check_header(manifest: Manifest) -> None:
         raise PayloadError(
             f"the partial aggregate has {len(manifest.partial.exponents)} exponents for {len(manifest.tensors)} tensors"
         )
-    if len(manifest.base_digest) != (0 if is_model else limits.DIGEST_BYTES):
-        raise PayloadError("an update or a delta names the digest of its base model, and a model names none")
+    if len(manifest.base_digest) != (0 if is_model or is_variate else limits.DIGEST_BYTES):
+        raise PayloadError(
+            "an update or a delta names the digest of its base model, and a variate or a model names none"
+        )
     if (is_update or is_partial) and not (manifest.run_id and manifest.round >= 1):
         raise PayloadError(
             f"an update belongs to a run and a round from 1 on; here {manifest.run_id!r}, {manifest.round}"
         )
     if not (is_update or is_partial) and manifest.round != 0:
-        raise PayloadError(f"a model or a delta belongs to no round; here it says {manifest.round}, expected 0")
+        raise PayloadError(
+            f"a model, a delta or a variate belongs to no round; here it says {manifest.round}, expected 0"
+        )
     is_raw = all(entry.codec == RAW for entry in manifest.tensors)
     if is_partial and not is_raw:
         raise PayloadError("the sums of a partial aggregate are exact; they come in the raw codec only")
-    if len(manifest.result_digest) != (0 if is_update or is_partial or (is_model and is_raw) else limits.DIGEST_BYTES):
+    names_no_result = is_update or is_partial or is_variate or (is_model and is_raw)
+    if len(manifest.result_digest) != (0 if names_no_result else limits.DIGEST_BYTES):
         raise PayloadError(
             "a delta, and a model that is not in the raw codec throughout, name the digest of the raw model, and nothing else does"
         )

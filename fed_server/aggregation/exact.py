@@ -63,10 +63,10 @@ class ExactSum:
             weakref.finalize(self, memory.take_back, self.steps)
         self._scratch = scratch_tile() if scratch is None else scratch
 
-    def add(self, first: int, values: Tensor, weight: int) -> None:
+    def add(self, first: int, values: Tensor, weight: float) -> None:
         """Adds weight * values to the coordinates from `first` on. `values` is 1-D and floating; `weight` may be negative to
-        take a contribution out again. The product is exact for values of up to 24 bits and weights below 2**29, so the only
-        rounding is the one to the grid."""
+        take a contribution out again. The product is exact for values of up to 24 bits and whole weights below 2**29, so the only
+        rounding is the one to the grid; with any other weight it is rounded once more, each contribution by itself."""
         # Scaling a whole number by a power of two is exact.
         scale = float(weight) * 2.0**-self.exponent
         for start in range(0, len(values), TILE):

@@ -25,7 +25,8 @@ MAX_METRICS = 64
 @dataclass(frozen=True)
 class Expected:
     """What an assignment asked for. `bounds` holds the largest absolute value by tensor; tensors without one are not bounded.
-    `codecs` are those that the run takes besides raw; `is_normalized`: updates are divided by their work;
+    `codecs` are those that the run takes besides raw; `is_normalized`: updates are divided by their work; `least_work`: the least
+    work that an update must say is behind it, 0 where none is asked for;
     `importance` is what the operator multiplies the weight by; `fixed_weight`, where there is one, is the weight whatever else is
     said; `loss_weighting`, where there is one, decides in place of `weighting`."""
 
@@ -41,6 +42,7 @@ class Expected:
     max_weight: int
     importance: int = 1
     is_normalized: bool = False
+    least_work: float = 0.0
     fixed_weight: int | None = None
     loss_weighting: LossWeighting | None = None
 
@@ -76,6 +78,16 @@ def check_manifest(manifest: Manifest, expected: Expected) -> int:
         raise UpdateRefusedError(
             f"the update says normalizer = {update.normalizer:g}, and updates of this run are to {wanted}; install the "
             "coordinator's version at the site"
+        )
+    if (update.work > 0) != (expected.least_work > 0):
+        wanted = "say what work is behind them" if expected.least_work else "say nothing of it"
+        raise UpdateRefusedError(
+            f"the update says work = {update.work:g}, and updates of this run are to {wanted}; install the coordinator's version "
+            "at the site"
+        )
+    if update.work < expected.least_work:
+        raise UpdateRefusedError(
+            f"the update says work = {update.work:g}, expected at least {expected.least_work:g}; raise the site's learning rate"
         )
     return weight_of(update, expected)
 

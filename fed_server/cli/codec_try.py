@@ -40,6 +40,7 @@ _KIND_NAMES: Final = {
     common_pb2.PAYLOAD_KIND_UPDATE: "update",
     common_pb2.PAYLOAD_KIND_DELTA: "delta",
     common_pb2.PAYLOAD_KIND_PARTIAL: "partial aggregate",
+    common_pb2.PAYLOAD_KIND_VARIATE: "common variate",
 }
 _COMPARED_COORDINATES: Final = 2**20
 

@@ -25,6 +25,7 @@ from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec
 from fed_core.tensors import torch_dtype
 from fed_server.rounds.surroundings import Facilities, Surroundings
+from fed_server.rounds.variate import encode_variate
 from fed_server.rounds.version import file_sources
 from fed_server.store.base import BroadcastRecord, ModelRecord, Transaction
 from fedstream.v1 import common_pb2
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 WHOLE = -1
 """The base version of a payload that needs none."""
+
+VARIATE = -2
+"""What stands for it in the common variate that goes with a version, which leads nowhere (see variate.py)."""
 
 # A site resumes what it has begun to fetch: more steps than this are not given it at once.
 _MAX_CHAIN = 256
@@ -87,6 +91,10 @@ class Broadcasts:
             if first is not None and self._chain(0, version) and (span := await self._span(version, 0)):
                 ways.append([first, span])
         return min(ways, key=lambda way: sum(step.num_bytes for step in way))
+
+    async def variate(self, version: int) -> BroadcastRecord | None:
+        """The common variate that goes with a version; None with version 0, where it is zero."""
+        return await self._make_once(version, VARIATE) if version > 0 else None
 
     async def lose(self, record: BroadcastRecord) -> None:
         """Takes note that a payload's file is gone, so that another way is found, or the payload made again."""
@@ -146,7 +154,7 @@ class Broadcasts:
             part = files.temporary(files.payload_path(f"{version}-{base + 1}"))
             try:
                 with files.disk_errors(f"making a payload of version {version}"):
-                    make = self._write_whole if base == WHOLE else self._write_span
+                    make = {WHOLE: self._write_whole, VARIATE: self._write_variate}.get(base, self._write_span)
                     written = await workers.compute(make, part, version, base)
                 record = BroadcastRecord(
                     run_id=self._run_id,
@@ -190,6 +198,10 @@ class Broadcasts:
                 encoding=LosslessEncoding() if self._is_lattice else None,
                 result_digest=lambda: bytes.fromhex(model.payload_digest),
             )
+
+    def _write_variate(self, path: Path, version: int, base: int) -> Written:
+        variate = self._facilities.files.variate_path(self._run_id, version)
+        return encode_variate(path, variate, run_id=self._run_id, version=version)
 
     def _write_span(self, path: Path, version: int, base: int) -> Written:
         with ExitStack() as stack:

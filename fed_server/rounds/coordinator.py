@@ -21,9 +21,16 @@ from fed_core.errors import (
 )
 from fed_core.payload.manifest import Manifest
 from fed_core.payload.reader import PayloadReader
-from fed_core.specs import TensorSpec, fingerprint
+from fed_core.specs import TensorSpec, fingerprint, variate_specs
 from fed_server.aggregation.merge_rules import merge_rules
-from fed_server.config import LatticeDownlinkConfig, RawDownlinkConfig, RobustConfig, RunConfig, parse_run_config
+from fed_server.config import (
+    LatticeDownlinkConfig,
+    RawDownlinkConfig,
+    RobustConfig,
+    RunConfig,
+    ScaffoldConfig,
+    parse_run_config,
+)
 from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select, within_population
@@ -681,5 +688,7 @@ def _require_disk(facilities: Facilities, manifest: Manifest, config: RunConfig)
     if config.average.decay > 0:  # one beside every version
         updates += config.keep.versions + 2
     state_bytes = sum(spec.num_bytes for spec in state_specs(server_optimizer(config, 1), manifest.specs))
+    if isinstance(config.training.objective, ScaffoldConfig):  # as it is kept, and as it is sent
+        state_bytes += 2 * sum(spec.num_bytes for spec in variate_specs(manifest.specs))
     needed = int(manifest.raw_bytes * (config.keep.versions + 6 + updates)) + 2 * state_bytes
     facilities.files.require_free(needed, f"run {config.name!r} (its versions and a round's updates)")

@@ -18,6 +18,7 @@ from fed_server.config import (
     PlateauScheduleConfig,
     RobustConfig,
     RunConfig,
+    ScaffoldConfig,
     VariateConfig,
 )
 from fed_server.optim.base import ServerOptimizer
@@ -57,7 +58,8 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plat
 
 
 def _objective(config: ObjectiveConfig) -> ObjectivePlan:
-    return ObjectivePlan(config.kind, 0.0 if isinstance(config, PlainObjectiveConfig) else config.strength)
+    strength = 0.0 if isinstance(config, PlainObjectiveConfig | ScaffoldConfig) else config.strength
+    return ObjectivePlan(config.kind, strength)
 
 
 def _measures(config: RunConfig) -> tuple[str, ...]:
@@ -95,6 +97,17 @@ def population(config: RunConfig) -> int | None:
     """Sites that may take part over the run; None where any may."""
     objective = config.training.objective
     return objective.population if isinstance(objective, VariateConfig) else None
+
+
+# How much smaller a site's learning rate may be than the run's where its work is divided by: a factor of 2^-10.
+_LEAST_WORK = 2.0**-10
+
+
+def least_work(config: RunConfig, round: int, plateau: Plateau) -> float:
+    """The least work that an update of a round may say is behind it; 0 where none is asked for. One step is worth its learning
+    rate."""
+    is_asked_for = isinstance(config.training.objective, ScaffoldConfig)
+    return learning_rate(config, round, plateau) * _LEAST_WORK if is_asked_for else 0.0
 
 
 def plateau_after(config: RunConfig, plateau: Plateau, round: int, metrics: Metrics) -> Plateau:

@@ -21,7 +21,7 @@ from fed_core.failpoints import failpoint
 from fed_core.payload.manifest import Manifest
 from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
-from fed_core.specs import TensorSpec
+from fed_core.specs import TensorSpec, variate_specs
 from fed_server.aggregation.base import Aggregator, AggregatorSetting
 from fed_server.aggregation.corrected import Corrected
 from fed_server.aggregation.exact import SumMemory
@@ -30,11 +30,19 @@ from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.normalized import Normalized
 from fed_server.aggregation.registry import new_aggregator
 from fed_server.aggregation.validate import Expected
-from fed_server.config import DeltaDownlinkConfig, FedNovaConfig, LatticeDownlinkConfig, RawDownlinkConfig, RunConfig
+from fed_server.aggregation.variate import WithVariate, variate_grid
+from fed_server.config import (
+    DeltaDownlinkConfig,
+    FedNovaConfig,
+    LatticeDownlinkConfig,
+    RawDownlinkConfig,
+    RunConfig,
+    ScaffoldConfig,
+)
 from fed_server.optim.average import decay_at
 from fed_server.optim.schedule import Plateau
 from fed_server.optim.state import open_steps
-from fed_server.rounds.broadcast import WHOLE, Broadcasts
+from fed_server.rounds.broadcast import VARIATE, WHOLE, Broadcasts
 from fed_server.rounds.cohort import Turns, broadcast_seed, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
 from fed_server.rounds.downlink import lattice_for
@@ -43,6 +51,7 @@ from fed_server.rounds.importance import SiteReport
 from fed_server.rounds.metrics import mean_metrics
 from fed_server.rounds.policy import (
     learning_rate,
+    least_work,
     loss_weighting,
     plateau_after,
     population,
@@ -54,6 +63,7 @@ from fed_server.rounds.policy import (
 from fed_server.rounds.signal import Signal
 from fed_server.rounds.stop import Best, stop_reason, update_best
 from fed_server.rounds.surroundings import Facilities, Surroundings
+from fed_server.rounds.variate import write_variate
 from fed_server.rounds.version import (
     ChangeMeter,
     MadeVersion,
@@ -181,9 +191,24 @@ class LiveRun:
             max_weight=self._grid_policy.max_weight,
             importance=self.config.aggregation.importance.get(self._surroundings.name_of(assignment.client_id), 1),
             is_normalized=self._is_normalized,
+            least_work=self._least_work,
             fixed_weight=self.round.weights.get(self._surroundings.name_of(assignment.client_id)),
             loss_weighting=loss_weighting(self.config),
         )
+
+    @property
+    def _has_variate(self) -> bool:
+        return isinstance(self.config.training.objective, ScaffoldConfig)
+
+    @property
+    def _least_work(self) -> float:
+        assert self.round is not None
+        return least_work(self.config, self.round.round, self._plateau)
+
+    async def variate_for(self, assignment: AssignmentRecord) -> BroadcastRecord | None:
+        """The common variate that goes with an assignment; None where there is none, or it is zero."""
+        is_wanted = self._has_variate and assignment.kind is AssignmentKind.TRAIN
+        return await self.broadcasts.variate(assignment.model_version) if is_wanted else None
 
     @property
     def _is_normalized(self) -> bool:
@@ -515,6 +540,8 @@ class LiveRun:
         optimizer_part = files.temporary(optimizer_path)
         average_path = files.average_path(self.run_id, version)
         average_part = files.temporary(average_path)
+        variate_path = files.variate_path(self.run_id, version)
+        variate_part = files.temporary(variate_path)
         parts = VersionPaths(
             master=files.temporary(master_path),
             model=files.temporary(model_path),
@@ -526,6 +553,9 @@ class LiveRun:
                 made = await workers.compute(self._make_version, aggregate, version, parts, optimizer_part)
                 if self._is_averaged:
                     await workers.compute(self._make_average, version, parts.model, average_part)
+                if isinstance(aggregate, WithVariate):
+                    sent = await self.broadcasts.variate(round.base_version)
+                    await workers.compute(self._make_variate, aggregate, sent, variate_part)
             model = ModelRecord(
                 run_id=self.run_id,
                 version=version,
@@ -563,11 +593,12 @@ class LiveRun:
                     *([workers.disk(files.publish, parts.master, master_path)] if self._sends_deltas else []),
                     *([workers.disk(files.publish, optimizer_part, optimizer_path)] if self._keeps_state else []),
                     *([workers.disk(files.publish, average_part, average_path)] if self._is_averaged else []),
+                    *([workers.disk(files.publish, variate_part, variate_path)] if self._has_variate else []),
                 )
                 failpoint("before-commit")
                 evaluators, committed = await self._commit(model, broadcast)
         finally:
-            for part in (parts.master, parts.model, parts.payload, optimizer_part, average_part):
+            for part in (parts.master, parts.model, parts.payload, optimizer_part, average_part, variate_part):
                 part.unlink(missing_ok=True)
         logger.info(
             "version committed",
@@ -625,6 +656,21 @@ class LiveRun:
         before = files.average_path(self.run_id, base) if base > 0 else files.model_path(self.run_id, 0)
         with SafetensorsReader(model_part) as model, SafetensorsReader(before) as average:
             write_average(model, average, average_part, decay=decay_at(self.config.average.decay, version))
+
+    def _make_variate(self, aggregate: WithVariate, sent: BroadcastRecord | None, variate_part: Path) -> None:
+        """Writes the common variate that goes with the next version; blocks."""
+        assert self.round is not None
+        files, base = self._facilities.files, self.round.base_version
+        limit = population(self.config)
+        assert limit is not None
+        write_variate(
+            aggregate,
+            files.variate_path(self.run_id, base) if base > 0 else None,
+            files.payload_path(sent.digest) if sent is not None else None,
+            variate_part,
+            specs=self.specs,
+            population=limit,
+        )
 
     @property
     def _is_averaged(self) -> bool:
@@ -926,12 +972,13 @@ class LiveRun:
         if (assignment_id, digest) in self._fetched or assignment_id not in self.assignments:
             return
         self._fetched.add((assignment_id, digest))
-        is_first = self.assignments[assignment_id].downlink_payload_bytes == 0
-        self.count_traffic(
-            assignment_id,
-            downlink_payload_bytes=num_bytes,
-            downlink_raw_bytes=self.record.model_bytes if is_first else 0,
-        )
+        payload = self.broadcasts.find(digest)
+        if payload is not None and payload.base_version == VARIATE:
+            raw_bytes = sum(spec.num_bytes for spec in variate_specs(self.specs))
+        else:  # sites fetch the variate last
+            is_first = self.assignments[assignment_id].downlink_payload_bytes == 0
+            raw_bytes = self.record.model_bytes if is_first else 0
+        self.count_traffic(assignment_id, downlink_payload_bytes=num_bytes, downlink_raw_bytes=raw_bytes)
 
     def count_traffic(self, assignment_id: str, **more: int) -> None:
         """Adds to an assignment's byte counters (`downlink_wire_bytes` ...). Written down with its next move, so a crash in between
@@ -1002,6 +1049,8 @@ class LiveRun:
         aggregator = new_aggregator(setting, aggregation)
         if self.round.weight_unit:
             return Corrected(aggregator, self.round.weight_unit)
+        if self._has_variate:
+            return WithVariate(aggregator, setting, variate_grid(self.round.grid, self._grid_policy, self._least_work))
         return Normalized(aggregator) if self._is_normalized else aggregator
 
     # Metrics

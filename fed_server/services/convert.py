@@ -8,6 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from fed_core.errors import InvalidError
 from fed_server.config import parse_run_config
+from fed_server.rounds.broadcast import VARIATE, WHOLE
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.membership import Progress
 from fed_server.rounds.run import LiveRun
@@ -221,12 +222,12 @@ def participations_to_proto(
 
 
 def broadcast_to_proto(record: BroadcastRecord) -> common_pb2.PayloadRef:
-    """A step on the way to a version."""
-    is_whole = record.base_version < 0
+    """A step on the way to a version, or what goes with it."""
+    kinds = {WHOLE: common_pb2.PAYLOAD_KIND_MODEL, VARIATE: common_pb2.PAYLOAD_KIND_VARIATE}
     return common_pb2.PayloadRef(
         digest=bytes.fromhex(record.digest),
         total_bytes=record.num_bytes,
-        kind=common_pb2.PAYLOAD_KIND_MODEL if is_whole else common_pb2.PAYLOAD_KIND_DELTA,
+        kind=kinds.get(record.base_version, common_pb2.PAYLOAD_KIND_DELTA),
     )
 
 

@@ -128,6 +128,7 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
         # As it is now: this poll itself may have told of a divergence.
         current = run.assignments.get(assignment.assignment_id, assignment)
         way = await run.broadcasts.way_to(model.version, held_models, has_diverged=current.has_diverged)
+        variate = await run.variate_for(assignment)
         return participation_pb2.Assignment(
             assignment_id=assignment.assignment_id,
             run_id=assignment.run_id,
@@ -143,6 +144,7 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
             plan=run.plan(assignment).to_proto(),
             deadline_seconds=max(0.0, run.deadline_seconds()),
             uplink=uplink_encoding(run.config).model_dump_json() if assignment.kind is AssignmentKind.TRAIN else "",
+            variate=broadcast_to_proto(variate) if variate is not None else None,
         )
 
     async def ReportProgress(

@@ -195,11 +195,11 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class BroadcastRecord:
-    """A payload that leads to a version. Key: (run_id, version, base_version)."""
+    """A payload that leads to a version, or goes with it. Key: (run_id, version, base_version)."""
 
     run_id: str
     version: int
-    # Version that it begins at; -1 for a whole model.
+    # Version that it begins at; -1 for a whole model, -2 for the common variate.
     base_version: int
     # Payload digest, hex, and length of the file.
     digest: str

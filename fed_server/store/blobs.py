@@ -9,7 +9,8 @@
     models/<run_id>/<version>.average.safetensors     the moving average of the versions up to it, where one is kept
     masters/<run_id>/<version>.safetensors    what the version would be had nothing been left out of its delta
     masters/<run_id>/<version>.optimizer.safetensors     what the server optimizer keeps of the rounds up to it
-    payloads/<digest>.payload            what is broadcast: versions and deltas
+    masters/<run_id>/<version>.variate.safetensors     the common variate that goes with the version, where there is one
+    payloads/<digest>.payload            what is broadcast: versions, deltas, variates
     .../.<name>.<token>.tmp              being written; the next daemon deletes it
 
 A file appears under its name only when its bytes are on the disk (`publish`).
@@ -112,6 +113,10 @@ class DataDirectory:
         """Where the server optimizer's state after a version lies; like its master weights, as long as the next is made of it."""
         return self.root / "masters" / _checked(run_id) / f"{version}.optimizer.safetensors"
 
+    def variate_path(self, run_id: str, version: int) -> Path:
+        """Where the common variate that goes with a version lies, as long as the optimizer's state."""
+        return self.root / "masters" / _checked(run_id) / f"{version}.variate.safetensors"
+
     @property
     def scratch_folder(self) -> Path:
         """Where files may be made that nobody needs longer than they are open."""
@@ -197,7 +202,8 @@ class DataDirectory:
         live |= {self.update_path(assignment_id) for assignment_id in {*live_updates, *live_uploads}}
         live |= {self.payload_path(digest) for digest in live_payloads}
         live |= {path(*model) for model in live_models for path in (self.model_path, self.average_path)}
-        live |= {path(*master) for master in live_masters for path in (self.master_path, self.optimizer_path)}
+        of_masters = (self.master_path, self.optimizer_path, self.variate_path)
+        live |= {path(*master) for master in live_masters for path in of_masters}
         orphans = [path for path in (self.listing() if listed is None else listed) if path not in live]
         unfinished = (path for folder in _FOLDERS for path in (self.root / folder).rglob(".*.tmp"))
         orphans += [path for path in unfinished if not path.name.endswith(self._temporary_suffix)]

@@ -141,6 +141,39 @@ def test_a_whole_model_in_a_codec_becomes_the_raw_one(
     assert path.read_bytes() == coordinator.payloads[lineage.digests[0]]
 
 
+def test_a_variate_is_fetched_once_beside_the_model(
+    coordinator: FakeCoordinator, lineage: Lineage, transport: Transport, cache: ModelCache, folder: Path
+) -> None:
+    """Which payload it is does not matter to whoever fetches it."""
+    models = Models(Downloads(transport, cache), cache)
+    assignment = participation_pb2.Assignment(assignment_id="a1")
+    seen: list[tuple[int, int]] = []
+
+    def fetch() -> Path | None:
+        return models.obtain_variate(assignment, Stop(), lambda *at: seen.append(at), structlog.get_logger())
+
+    assert fetch() is None
+    assignment.variate.CopyFrom(lineage.step())
+    for _ in range(2):
+        path = fetch()
+        assert path is not None
+        assert path.read_bytes() == coordinator.payloads[assignment.variate.digest]
+    assert len(coordinator.calls["Download"]) == 1
+    assert seen[-1] == (assignment.variate.total_bytes,) * 2
+    assert names(folder) == [f"{assignment.variate.digest.hex()}.step"]
+    cache.trim({assignment.variate.digest})
+    assert path.exists()
+    cache.trim(set())
+    assert names(folder) == []
+
+    coordinator.payloads.clear()
+    with pytest.raises(WayLostError, match="no longer gives out the variate"):
+        fetch()
+    assignment.variate.digest = b"short"
+    with pytest.raises(InvalidError, match="without a digest"):
+        fetch()
+
+
 def test_a_model_that_the_coordinator_thinks_is_here_is_asked_for(lineage: Lineage, obtain: Obtain) -> None:
     with pytest.raises(WayLostError, match="not here") as caught:
         obtain(lineage.ref(0))

@@ -127,24 +127,35 @@ def test_only_fednova_divides() -> None:
     assert trained(plan(ObjectivePlan("fednova"), steps=3, epochs=None))[0].normalizer == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("kind", ["fedprox", "fednova", "feddyn"])
+@pytest.mark.parametrize("kind", ["fedprox", "fednova", "feddyn", "scaffold"])
 def test_a_workload_that_steps_by_itself_is_told(kind: str) -> None:
     with pytest.raises(InvalidError, match=r"did not call optimizer.step\(\)"):
-        trained(plan(ObjectivePlan(kind, 0.1)), ByHand())
+        trained(plan(ObjectivePlan(kind, 0.0 if kind == "scaffold" else 0.1)), ByHand())
     trained(plan(ObjectivePlan()), ByHand())
 
 
-def test_fednova_needs_sgd_whose_work_can_be_told() -> None:
-    with pytest.raises(InvalidError, match="SGD without nesterov"):
-        trained(plan(ObjectivePlan("fednova")), Nesterov())
-    with pytest.raises(InvalidError, match="objective is fednova"):
-        plan(ObjectivePlan("fednova"), optimizer=OptimizerPlan("adam", 0.1))
+def test_scaffold_says_the_work_and_divides_by_nothing() -> None:
+    settings: dict[str, Any] = {"momentum": 0.9, "epoch_decay": 0.5}
+    nova, scaffold = (trained(plan(ObjectivePlan(kind), **settings))[0] for kind in ("fednova", "scaffold"))
+    assert nova.normalizer == scaffold.work > 0
+    assert nova.work == scaffold.normalizer == 0
 
 
-def test_a_site_cannot_take_adam_where_updates_are_normalized() -> None:
+@pytest.mark.parametrize("kind", ["fednova", "scaffold"])
+def test_work_needs_sgd_of_which_it_can_be_told(kind: str) -> None:
+    with pytest.raises(InvalidError, match=f"objective '{kind}' needs torch.optim.SGD without nesterov"):
+        trained(plan(ObjectivePlan(kind)), Nesterov())
+    with pytest.raises(InvalidError, match=f"objective is {kind}"):
+        plan(ObjectivePlan(kind), optimizer=OptimizerPlan("adam", 0.1))
+
+
+@pytest.mark.parametrize("kind", ["fednova", "scaffold"])
+def test_a_site_cannot_take_adam_where_the_work_behind_updates_counts(kind: str) -> None:
     ours, refused = apply_overrides(
-        plan(ObjectivePlan("fednova"), overridable=("optimizer", "batch_size")),
+        plan(ObjectivePlan(kind), overridable=("optimizer", "batch_size")),
         SiteOverrides(optimizer="adam", batch_size=2),
     )
     assert (ours.optimizer.kind, ours.batch_size) == ("sgd", 2)
-    assert refused == ["optimizer = adam is ignored: this run normalizes updates (fednova), which needs sgd"]
+    assert refused == [
+        f"optimizer = adam is ignored: this run goes by the work behind updates ({kind}), which needs sgd"
+    ]

@@ -30,7 +30,7 @@ from fed_client.training.trainer import (
 from fed_core.batches import reproducible
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import write_payload
-from fed_core.plan import OptimizerPlan, TrainingPlan
+from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec, fingerprint
 from fed_core.tensors import difference, load_tensors, model_specs, model_tensors
@@ -270,6 +270,54 @@ def test_what_an_encoding_loses_is_carried_to_the_next_update(trainer: Trainer, 
     assert damaged.not_carried[0].startswith("the residual cannot be read: a1.residual is not a usable")
     assert tensors_of(job.out_path, damaged)["first.weight"].equal(arrived["first.weight"])
     assert damaged.carried == first.carried
+
+
+def test_the_variates_correct_the_gradients_and_the_next_is_what_they_were(
+    trainer: Trainer, job: TrainJob, base: TrainJob, tmp_path: Path
+) -> None:
+    """SCAFFOLD's second option, with everything that is on the way: c from a payload, h from a file, h' to another."""
+    plan = replace(job.plan, objective=ObjectivePlan("scaffold"), epochs=None, steps=1)
+    job = replace(job, plan=plan, carry_to=tmp_path / "run" / "a1")
+    plain = trainer.train(job)
+    slope = tensors_of(job.out_path, plain)["first.bias"] / -0.1
+    assert plain.carried is not None
+    with SafetensorsReader(tmp_path / "run" / "a1.variate") as left:
+        assert torch.allclose(left.tensor("first.bias"), slope, atol=1e-6)
+        specs = list(left.specs)
+    assert "norm.running_mean" not in [spec.name for spec in specs]
+
+    with (tmp_path / "common").open("wb") as file:
+        common = write_payload(
+            file,
+            kind=common_pb2.PAYLOAD_KIND_VARIATE,
+            run_id="r",
+            round=0,
+            model_version=4,
+            base_digest=b"",
+            update=None,
+            tensors=[(spec, torch.full(spec.shape, 0.5)) for spec in specs],
+        )
+    variate = (tmp_path / "common", common.digest.hex())
+    next_job = replace(
+        job,
+        carried={"variate": (tmp_path / "run" / "a1.variate", plain.carried["variate"])},
+        carry_to=tmp_path / "run" / "a2",
+        variate=variate,
+    )
+    result = trainer.train(next_job)
+    assert result.not_carried == []
+    # g - h + c is c alone, for g is the same again.
+    assert torch.allclose(tensors_of(job.out_path, result)["first.bias"], torch.full((4,), -0.05), atol=1e-6)
+    with SafetensorsReader(tmp_path / "run" / "a2.variate") as left:
+        assert torch.allclose(left.tensor("first.bias"), slope, atol=1e-6)
+
+    (tmp_path / "common").write_bytes(b"rotten")
+    job.out_path.unlink()
+    with pytest.raises(WorkloadError) as caught:
+        trainer.train(next_job)
+    assert caught.value.kind == MODEL_DAMAGED
+    with pytest.raises(WorkloadError, match="the common variate is another model's: ") as caught:
+        trainer.train(replace(next_job, variate=(base.model_path, base.base_digest)))
 
 
 def test_without_feedback_nothing_is_carried(trainer: Trainer, job: TrainJob, tmp_path: Path) -> None:

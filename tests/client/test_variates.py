@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from fed_client.training import leaving
 from fed_client.training.loop import train
-from fed_client.training.variates import VARIATE, NextVariate, read_corrections, variate_specs
+from fed_client.training.variates import VARIATE, NextVariate, read_corrections
 from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
-from fed_core.specs import BUFFER, TensorSpec
+from fed_core.specs import BUFFER, TensorSpec, variate_specs
 from fed_core.tensors import torch_dtype
 from fed_core.workload import Data, Site, Workload, initial_model
 

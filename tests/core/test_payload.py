@@ -378,6 +378,13 @@ REFUSALS: dict[str, Change] = {
         m.codecs.__setitem__(0, "uniform"),
         m.partial.MergeFrom(payload_pb2.PartialInfo(exponents=[0] * len(m.tensors))),
     ),
+    "a variate or a model names none": lambda m: (setattr(m, "kind", 5), m.ClearField("update")),
+    "a model, a delta or a variate belongs to no round": lambda m: (
+        setattr(m, "kind", 5),
+        m.ClearField("update"),
+        m.ClearField("base_digest"),
+    ),
+    "says work = -1.0": lambda m: setattr(m.update, "work", -1),
     "claims 1 raw and": lambda m: setattr(m, "raw_bytes", 1),
     "and 1 encoded bytes": lambda m: setattr(m, "encoded_bytes", 1),
     "at most 274877906944 elements": change_specs(lambda specs: specs[0].shape.extend([2**40])),

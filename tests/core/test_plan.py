@@ -93,6 +93,15 @@ def test_feddyn_without_strength_is_refused() -> None:
         ObjectivePlan("feddyn")
 
 
+def test_scaffold_has_no_strength_and_needs_sgd() -> None:
+    with pytest.raises(InvalidError, match=r"objective\.strength is 0\.1, expected 0 with scaffold"):
+        ObjectivePlan("scaffold", 0.1)
+    with pytest.raises(InvalidError, match="objective is scaffold, expected another with adam"):
+        TrainingPlan(1, OptimizerPlan("adam", 0.1), 0, steps=1, objective=ObjectivePlan("scaffold"))
+    plan = TrainingPlan(1, SGD, 0, steps=1, objective=ObjectivePlan("scaffold"))
+    assert TrainingPlan.from_proto(plan.to_proto()) == TrainingPlan.from_json(plan.to_json()) == plan
+
+
 def test_momentum_belongs_to_sgd() -> None:
     with pytest.raises(InvalidError, match=r"momentum is 0\.9, expected 0 with adam"):
         OptimizerPlan("adam", 0.1, momentum=0.9)

@@ -24,6 +24,7 @@ class Case(NamedTuple):
 
 # Fine enough for updates of several chunks.
 FINE = "target_error = 1e-4"
+SCAFFOLD = '{ kind = "scaffold", population = 1 }'
 FEDDYN = '{ kind = "feddyn", strength = 0.1, population = 1 }'
 CASES = {
     "raw": Case('{ kind = "raw" }', '{ kind = "raw" }', ("mid-upload:3", "before-commit"), "client-mid-upload:5"),
@@ -158,3 +159,39 @@ def test_a_site_that_carries_something_over_is_killed_around_every_promotion(fed
     carried = site.state / "carried" / report.run.run_id
     left = ["", ".residual", ".variate"]
     until(lambda: sorted(path.suffix for path in carried.iterdir()) == left, "what the kills left is swept")
+
+
+@pytest.mark.timeout(900)
+def test_what_all_sites_have_in_common_is_committed_with_the_version_and_sent_with_it(federation: Federation) -> None:
+    """The sums of SCAFFOLD at the coordinator, the variate on its way, and the site's own."""
+    coordinator, site = federation.coordinator, federation.sites[0]
+    settings = {"site": site, "rounds": 4, "uplink": '{ kind = "raw" }', "objective": SCAFFOLD}
+    federation.submit("scaffold-well", **settings)
+    expected = federation.finished("scaffold-well", 200)
+
+    # One download in a round: the third is that of the second round's variate.
+    at_site, at_coordinator = (
+        ["client-mid-download:3", "client-promoted", None],
+        ["before-commit:2", "mid-fold:2", None],
+    )
+    site.stop()
+    coordinator.kill()
+    coordinator.start(fail_at=at_coordinator.pop(0))
+    site.start(fail_at=at_site.pop(0))
+    federation.submit("scaffold-killed", **settings)
+
+    def are_all_killed() -> bool:
+        if not coordinator.is_running:
+            coordinator.wait_killed()
+            coordinator.start(fail_at=at_coordinator.pop(0))
+        if not site.is_running:
+            site.wait_killed()
+            site.start(fail_at=at_site.pop(0))
+        return coordinator.fail_at is None and site.fail_at is None
+
+    until(are_all_killed, "the kills", 600)
+    report = federation.finished("scaffold-killed", 200)
+    assert digests(report) == digests(expected)
+    assert len(set(digests(report))) == 5
+    masters = coordinator.data / "masters" / report.run.run_id
+    until(lambda: not list(masters.glob("*")), "what a run that is over kept is deleted")

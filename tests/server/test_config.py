@@ -187,6 +187,7 @@ EVERY_OPTION += [
 ]
 EVERY_OPTION += [
     f'{MINIMAL}training.objective = {{ kind = "feddyn", strength = 0.5, population = 9 }}\n',
+    f'{MINIMAL}training.objective = {{ kind = "scaffold", population = 9 }}\nuplink.kind = "raw"\n',
     f'{MINIMAL}uplink = {{ kind = "eden", bits = 3, unbiased = false }}\n',
     f'{MINIMAL}downlink = {{ kind = "lattice", step = 2.0, finest_step = 0.5, first_error = 0.01 }}\n',
     f'{MINIMAL}downlink = {{ kind = "raw" }}\n',
@@ -427,7 +428,7 @@ def _default(field: FieldInfo) -> str:
         ('training.optimizer = { kind = "sgd", momentum = 1 }', "training.optimizer.momentum: expected at least 0, less than 1"),
         ('training.optimizer.kind = "adam"\ntraining.objective.kind = "fednova"', "training.objective: fednova divides updates"),
         ('training.objective = { kind = "fedprox", strength = -1 }', "training.objective.strength: expected 0 to 1000000"),
-        ('training.objective.kind = "fedavg"', 'training.objective.kind: expected "plain", "fedprox", "fednova" or "feddyn"'),
+        ('training.objective.kind = "fedavg"', 'training.objective.kind: expected "plain", "fedprox", "fednova", "feddyn" or "s'),
         ('training.objective.kind = "feddyn"', "training.objective.population: is missing; write population = 10 under"),
         ('training.overridable = ["lr"]', 'training.overridable[0]: expected "batch_size", "learning_rate"'),
         ('training.overridable = ["optimizer", "optimizer"]', "training.overridable: expected each name once"),

@@ -87,8 +87,12 @@ class TrainingSite:
         """Trains and spools, as the daemon does."""
         plan, self.refused = apply_overrides(TrainingPlan.from_proto(assignment.plan), self.overrides)
         run_id, assignment_id = assignment.run_id, assignment.assignment_id
-        with MemoryFile() as model:
+        with MemoryFile() as model, MemoryFile() as variate:
             self.client.download(assignment, model)
+            common = None
+            if assignment.HasField("variate"):
+                self.client.fetch(assignment_id, assignment.variate, variate)
+                common = (variate.path, assignment.variate.digest.hex())
             answer = self.jobs.answer(
                 {
                     "do": "train",
@@ -107,6 +111,7 @@ class TrainingSite:
                         for kind, (path, digest) in self.carried.promoted(run_id, assignment.fingerprint).items()
                     },
                     "carry_to": str(self.carried.prefix(run_id, assignment_id)),
+                    "common": common,
                 },
                 lambda *_: None,
             )

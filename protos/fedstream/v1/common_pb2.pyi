@@ -37,6 +37,10 @@ class _PayloadKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PayloadKi
     """Sums over the updates of a part of a round's cohort, all in the raw codec: of each averaged tensor a vector of float64 that holds
     whole multiples of a power of two, of each counter the largest value. Adding two of them up is exact.
     """
+    PAYLOAD_KIND_VARIATE: _PayloadKind.ValueType  # 5
+    """A run's common variate (ObjectiveKind SCAFFOLD): of each parameter of a floating type, widened to 32 bits where it has fewer, what
+    the sites' gradients are in the mean.
+    """
 
 class PayloadKind(_PayloadKind, metaclass=_PayloadKindEnumTypeWrapper):
     """What a payload file holds. A reader refuses a kind that it did not ask for."""
@@ -52,6 +56,10 @@ PAYLOAD_KIND_DELTA: PayloadKind.ValueType  # 3
 PAYLOAD_KIND_PARTIAL: PayloadKind.ValueType  # 4
 """Sums over the updates of a part of a round's cohort, all in the raw codec: of each averaged tensor a vector of float64 that holds
 whole multiples of a power of two, of each counter the largest value. Adding two of them up is exact.
+"""
+PAYLOAD_KIND_VARIATE: PayloadKind.ValueType  # 5
+"""A run's common variate (ObjectiveKind SCAFFOLD): of each parameter of a floating type, widened to 32 bits where it has fewer, what
+the sites' gradients are in the mean.
 """
 Global___PayloadKind: _TypeAlias = PayloadKind  # noqa: Y015
 
@@ -199,6 +207,10 @@ class _ObjectiveKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Objecti
     """FedNova: as FedProx, and the update is divided by the work behind it (UpdateInfo.normalizer)."""
     OBJECTIVE_KIND_FEDDYN: _ObjectiveKind.ValueType  # 4
     """FedDyn: as FedProx, less the inner product of the parameters with the site's variate, which it carries from round to round."""
+    OBJECTIVE_KIND_SCAFFOLD: _ObjectiveKind.ValueType  # 5
+    """SCAFFOLD: the workload's loss; gradients are corrected by the common variate (Assignment.variate) less the site's own, which it
+    carries from round to round, and the update says what work is behind it (UpdateInfo.work).
+    """
 
 class ObjectiveKind(_ObjectiveKind, metaclass=_ObjectiveKindEnumTypeWrapper):
     """What a client minimizes, and how it scales what it sends."""
@@ -213,6 +225,10 @@ OBJECTIVE_KIND_FEDNOVA: ObjectiveKind.ValueType  # 3
 """FedNova: as FedProx, and the update is divided by the work behind it (UpdateInfo.normalizer)."""
 OBJECTIVE_KIND_FEDDYN: ObjectiveKind.ValueType  # 4
 """FedDyn: as FedProx, less the inner product of the parameters with the site's variate, which it carries from round to round."""
+OBJECTIVE_KIND_SCAFFOLD: ObjectiveKind.ValueType  # 5
+"""SCAFFOLD: the workload's loss; gradients are corrected by the common variate (Assignment.variate) less the site's own, which it
+carries from round to round, and the update says what work is behind it (UpdateInfo.work).
+"""
 Global___ObjectiveKind: _TypeAlias = ObjectiveKind  # noqa: Y015
 
 class _PlanField:

@@ -26,7 +26,7 @@ from fedstream.v1 import common_pb2 as fedstream_dot_v1_dot_common__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedstream/v1/participation.proto\x12\x0c\x66\x65\x64stream.v1\x1a\x19\x66\x65\x64stream/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\rEnrollRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\njoin_token\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"d\n\x0e\x45nrollResponse\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x0eHeldAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12&\n\x05phase\x18\x02 \x01(\x0e\x32\x17.fedstream.v1.WorkPhase\"D\n\nDivergence\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\x8a\x03\n\x15PollAssignmentRequest\x12*\n\x04held\x18\x01 \x03(\x0b\x32\x1c.fedstream.v1.HeldAssignment\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\x12.\n\tworkloads\x18\x03 \x03(\x0b\x32\x1b.fedstream.v1.WorkloadOffer\x12?\n\x06labels\x18\x04 \x03(\x0b\x32/.fedstream.v1.PollAssignmentRequest.LabelsEntry\x12\x18\n\x10software_version\x18\x05 \x01(\t\x12/\n\x0b\x63lient_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rmodel_digests\x18\x07 \x03(\x0c\x12-\n\x0b\x64ivergences\x18\x08 \x03(\x0b\x32\x18.fedstream.v1.Divergence\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x08ModelRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12*\n\x08payloads\x18\x03 \x03(\x0b\x32\x18.fedstream.v1.PayloadRef\"\xad\x02\n\nAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12*\n\x04kind\x18\x04 \x01(\x0e\x32\x1c.fedstream.v1.AssignmentKind\x12-\n\x08workload\x18\x05 \x01(\x0b\x32\x1b.fedstream.v1.WorkloadOffer\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12%\n\x05model\x18\x07 \x01(\x0b\x32\x16.fedstream.v1.ModelRef\x12(\n\x04plan\x18\x08 \x01(\x0b\x32\x1a.fedstream.v1.TrainingPlan\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\t \x01(\x01\x12\x0e\n\x06uplink\x18\n \x01(\t\":\n\x11\x44roppedAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xd6\x01\n\x16PollAssignmentResponse\x12-\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x18.fedstream.v1.Assignment\x12\x30\n\x07\x64ropped\x18\x02 \x03(\x0b\x32\x1f.fedstream.v1.DroppedAssignment\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12/\n\x0bserver_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bidle_reason\x18\x05 \x01(\t\"\x9a\x01\n\x15ReportProgressRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12&\n\x05phase\x18\x02 \x01(\x0e\x32\x17.fedstream.v1.WorkPhase\x12\x0c\n\x04\x64one\x18\x03 \x01(\x03\x12\r\n\x05total\x18\x04 \x01(\x03\x12%\n\x07metrics\x18\x05 \x03(\x0b\x32\x14.fedstream.v1.Metric\"=\n\x16ReportProgressResponse\x12\x13\n\x0bshould_stop\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"z\n\x14ReportFailureRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.fedstream.v1.FailureKind\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x11\n\ttraceback\x18\x04 \x01(\t\"\x17\n\x15ReportFailureResponse\"m\n\x17ReportEvaluationRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x14\n\x0cnum_examples\x18\x02 \x01(\x03\x12%\n\x07metrics\x18\x03 \x03(\x0b\x32\x14.fedstream.v1.Metric\"\x1a\n\x18ReportEvaluationResponse*\xa8\x02\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46\x41ILURE_KIND_WORKLOAD\x10\x01\x12\x1d\n\x19\x46\x41ILURE_KIND_TRAINER_DIED\x10\x02\x12%\n!FAILURE_KIND_FINGERPRINT_MISMATCH\x10\x03\x12\x1e\n\x1a\x46\x41ILURE_KIND_SPOOL_CORRUPT\x10\x04\x12\x1a\n\x16\x46\x41ILURE_KIND_DISK_FULL\x10\x05\x12\x1b\n\x17\x46\x41ILURE_KIND_NOT_FINITE\x10\x06\x12\x1f\n\x1b\x46\x41ILURE_KIND_UPDATE_REFUSED\x10\x07\x12 \n\x1c\x46\x41ILURE_KIND_REFUSED_BY_SITE\x10\x08\x32\xcb\x03\n\rParticipation\x12\x43\n\x06\x45nroll\x12\x1b.fedstream.v1.EnrollRequest\x1a\x1c.fedstream.v1.EnrollResponse\x12[\n\x0ePollAssignment\x12#.fedstream.v1.PollAssignmentRequest\x1a$.fedstream.v1.PollAssignmentResponse\x12[\n\x0eReportProgress\x12#.fedstream.v1.ReportProgressRequest\x1a$.fedstream.v1.ReportProgressResponse\x12X\n\rReportFailure\x12\".fedstream.v1.ReportFailureRequest\x1a#.fedstream.v1.ReportFailureResponse\x12\x61\n\x10ReportEvaluation\x12%.fedstream.v1.ReportEvaluationRequest\x1a&.fedstream.v1.ReportEvaluationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedstream/v1/participation.proto\x12\x0c\x66\x65\x64stream.v1\x1a\x19\x66\x65\x64stream/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\rEnrollRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\njoin_token\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"d\n\x0e\x45nrollResponse\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x0eHeldAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12&\n\x05phase\x18\x02 \x01(\x0e\x32\x17.fedstream.v1.WorkPhase\"D\n\nDivergence\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"\x8a\x03\n\x15PollAssignmentRequest\x12*\n\x04held\x18\x01 \x03(\x0b\x32\x1c.fedstream.v1.HeldAssignment\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\x12.\n\tworkloads\x18\x03 \x03(\x0b\x32\x1b.fedstream.v1.WorkloadOffer\x12?\n\x06labels\x18\x04 \x03(\x0b\x32/.fedstream.v1.PollAssignmentRequest.LabelsEntry\x12\x18\n\x10software_version\x18\x05 \x01(\t\x12/\n\x0b\x63lient_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rmodel_digests\x18\x07 \x03(\x0c\x12-\n\x0b\x64ivergences\x18\x08 \x03(\x0b\x32\x18.fedstream.v1.Divergence\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x08ModelRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12*\n\x08payloads\x18\x03 \x03(\x0b\x32\x18.fedstream.v1.PayloadRef\"\xd8\x02\n\nAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x03\x12*\n\x04kind\x18\x04 \x01(\x0e\x32\x1c.fedstream.v1.AssignmentKind\x12-\n\x08workload\x18\x05 \x01(\x0b\x32\x1b.fedstream.v1.WorkloadOffer\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12%\n\x05model\x18\x07 \x01(\x0b\x32\x16.fedstream.v1.ModelRef\x12(\n\x04plan\x18\x08 \x01(\x0b\x32\x1a.fedstream.v1.TrainingPlan\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\t \x01(\x01\x12\x0e\n\x06uplink\x18\n \x01(\t\x12)\n\x07variate\x18\x0b \x01(\x0b\x32\x18.fedstream.v1.PayloadRef\":\n\x11\x44roppedAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xd6\x01\n\x16PollAssignmentResponse\x12-\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x18.fedstream.v1.Assignment\x12\x30\n\x07\x64ropped\x18\x02 \x03(\x0b\x32\x1f.fedstream.v1.DroppedAssignment\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12/\n\x0bserver_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bidle_reason\x18\x05 \x01(\t\"\x9a\x01\n\x15ReportProgressRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12&\n\x05phase\x18\x02 \x01(\x0e\x32\x17.fedstream.v1.WorkPhase\x12\x0c\n\x04\x64one\x18\x03 \x01(\x03\x12\r\n\x05total\x18\x04 \x01(\x03\x12%\n\x07metrics\x18\x05 \x03(\x0b\x32\x14.fedstream.v1.Metric\"=\n\x16ReportProgressResponse\x12\x13\n\x0bshould_stop\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"z\n\x14ReportFailureRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.fedstream.v1.FailureKind\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x11\n\ttraceback\x18\x04 \x01(\t\"\x17\n\x15ReportFailureResponse\"m\n\x17ReportEvaluationRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x14\n\x0cnum_examples\x18\x02 \x01(\x03\x12%\n\x07metrics\x18\x03 \x03(\x0b\x32\x14.fedstream.v1.Metric\"\x1a\n\x18ReportEvaluationResponse*\xa8\x02\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46\x41ILURE_KIND_WORKLOAD\x10\x01\x12\x1d\n\x19\x46\x41ILURE_KIND_TRAINER_DIED\x10\x02\x12%\n!FAILURE_KIND_FINGERPRINT_MISMATCH\x10\x03\x12\x1e\n\x1a\x46\x41ILURE_KIND_SPOOL_CORRUPT\x10\x04\x12\x1a\n\x16\x46\x41ILURE_KIND_DISK_FULL\x10\x05\x12\x1b\n\x17\x46\x41ILURE_KIND_NOT_FINITE\x10\x06\x12\x1f\n\x1b\x46\x41ILURE_KIND_UPDATE_REFUSED\x10\x07\x12 \n\x1c\x46\x41ILURE_KIND_REFUSED_BY_SITE\x10\x08\x32\xcb\x03\n\rParticipation\x12\x43\n\x06\x45nroll\x12\x1b.fedstream.v1.EnrollRequest\x1a\x1c.fedstream.v1.EnrollResponse\x12[\n\x0ePollAssignment\x12#.fedstream.v1.PollAssignmentRequest\x1a$.fedstream.v1.PollAssignmentResponse\x12[\n\x0eReportProgress\x12#.fedstream.v1.ReportProgressRequest\x1a$.fedstream.v1.ReportProgressResponse\x12X\n\rReportFailure\x12\".fedstream.v1.ReportFailureRequest\x1a#.fedstream.v1.ReportFailureResponse\x12\x61\n\x10ReportEvaluation\x12%.fedstream.v1.ReportEvaluationRequest\x1a&.fedstream.v1.ReportEvaluationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_POLLASSIGNMENTREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_POLLASSIGNMENTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_FAILUREKIND']._serialized_start=2010
-  _globals['_FAILUREKIND']._serialized_end=2306
+  _globals['_FAILUREKIND']._serialized_start=2053
+  _globals['_FAILUREKIND']._serialized_end=2349
   _globals['_ENROLLREQUEST']._serialized_start=110
   _globals['_ENROLLREQUEST']._serialized_end=179
   _globals['_ENROLLRESPONSE']._serialized_start=181
@@ -52,23 +52,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELREF']._serialized_start=831
   _globals['_MODELREF']._serialized_end=918
   _globals['_ASSIGNMENT']._serialized_start=921
-  _globals['_ASSIGNMENT']._serialized_end=1222
-  _globals['_DROPPEDASSIGNMENT']._serialized_start=1224
-  _globals['_DROPPEDASSIGNMENT']._serialized_end=1282
-  _globals['_POLLASSIGNMENTRESPONSE']._serialized_start=1285
-  _globals['_POLLASSIGNMENTRESPONSE']._serialized_end=1499
-  _globals['_REPORTPROGRESSREQUEST']._serialized_start=1502
-  _globals['_REPORTPROGRESSREQUEST']._serialized_end=1656
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=1658
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=1719
-  _globals['_REPORTFAILUREREQUEST']._serialized_start=1721
-  _globals['_REPORTFAILUREREQUEST']._serialized_end=1843
-  _globals['_REPORTFAILURERESPONSE']._serialized_start=1845
-  _globals['_REPORTFAILURERESPONSE']._serialized_end=1868
-  _globals['_REPORTEVALUATIONREQUEST']._serialized_start=1870
-  _globals['_REPORTEVALUATIONREQUEST']._serialized_end=1979
-  _globals['_REPORTEVALUATIONRESPONSE']._serialized_start=1981
-  _globals['_REPORTEVALUATIONRESPONSE']._serialized_end=2007
-  _globals['_PARTICIPATION']._serialized_start=2309
-  _globals['_PARTICIPATION']._serialized_end=2768
+  _globals['_ASSIGNMENT']._serialized_end=1265
+  _globals['_DROPPEDASSIGNMENT']._serialized_start=1267
+  _globals['_DROPPEDASSIGNMENT']._serialized_end=1325
+  _globals['_POLLASSIGNMENTRESPONSE']._serialized_start=1328
+  _globals['_POLLASSIGNMENTRESPONSE']._serialized_end=1542
+  _globals['_REPORTPROGRESSREQUEST']._serialized_start=1545
+  _globals['_REPORTPROGRESSREQUEST']._serialized_end=1699
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=1701
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=1762
+  _globals['_REPORTFAILUREREQUEST']._serialized_start=1764
+  _globals['_REPORTFAILUREREQUEST']._serialized_end=1886
+  _globals['_REPORTFAILURERESPONSE']._serialized_start=1888
+  _globals['_REPORTFAILURERESPONSE']._serialized_end=1911
+  _globals['_REPORTEVALUATIONREQUEST']._serialized_start=1913
+  _globals['_REPORTEVALUATIONREQUEST']._serialized_end=2022
+  _globals['_REPORTEVALUATIONRESPONSE']._serialized_start=2024
+  _globals['_REPORTEVALUATIONRESPONSE']._serialized_end=2050
+  _globals['_PARTICIPATION']._serialized_start=2352
+  _globals['_PARTICIPATION']._serialized_end=2811
 # @@protoc_insertion_point(module_scope)

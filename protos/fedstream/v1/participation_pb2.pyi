@@ -328,6 +328,7 @@ class Assignment(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
     UPLINK_FIELD_NUMBER: _builtins.int
+    VARIATE_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Identity of the work and of the update it leads to."""
     run_id: _builtins.str
@@ -360,6 +361,10 @@ class Assignment(_message.Message):
     def plan(self) -> _common_pb2.TrainingPlan:
         """What to do. Set for TRAIN; for EVALUATE only batch_size, seed and num_threads are."""
 
+    @_builtins.property
+    def variate(self) -> _common_pb2.PayloadRef:
+        """The run's common variate, to fetch beside the model. Set for TRAIN where the plan's objective is SCAFFOLD; absent where it is zero."""
+
     def __init__(
         self,
         *,
@@ -373,10 +378,11 @@ class Assignment(_message.Message):
         plan: _common_pb2.TrainingPlan | None = ...,
         deadline_seconds: _builtins.float = ...,
         uplink: _builtins.str = ...,
+        variate: _common_pb2.PayloadRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "workload", b"workload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "plan", b"plan", "variate", b"variate", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "deadline_seconds", b"deadline_seconds", "fingerprint", b"fingerprint", "kind", b"kind", "model", b"model", "plan", b"plan", "round", b"round", "run_id", b"run_id", "uplink", b"uplink", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "deadline_seconds", b"deadline_seconds", "fingerprint", b"fingerprint", "kind", b"kind", "model", b"model", "plan", b"plan", "round", b"round", "run_id", b"run_id", "uplink", b"uplink", "variate", b"variate", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -136,6 +136,7 @@ class UpdateInfo(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     GAIN_FIELD_NUMBER: _builtins.int
     NORMALIZER_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Assignment that asked for it; the receiver refuses an update for another."""
     num_examples: _builtins.int
@@ -161,6 +162,10 @@ class UpdateInfo(_message.Message):
     """What the floating parameters of the update were divided by where the plan's objective asks for it (FedNova): the step sizes that were
     taken, each times the sum of the momentum coefficients that it had in the end. Greater than 0; 0 where nothing was divided.
     """
+    work: _builtins.float
+    """The work behind the update where the plan's objective goes by it and nothing is divided (SCAFFOLD), counted as for normalizer. Greater
+    than 0; 0 where it was not asked for.
+    """
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
         """Measured while training: at least "loss". At most 64, each name once."""
@@ -178,10 +183,11 @@ class UpdateInfo(_message.Message):
         error: _builtins.float | None = ...,
         gain: _builtins.float | None = ...,
         normalizer: _builtins.float = ...,
+        work: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_gain", b"_gain", "error", b"error", "gain", b"gain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_gain", b"_gain", "assignment_id", b"assignment_id", "custom_weight", b"custom_weight", "error", b"error", "gain", b"gain", "is_partial", b"is_partial", "metrics", b"metrics", "normalizer", b"normalizer", "num_examples", b"num_examples", "num_steps", b"num_steps", "training_seconds", b"training_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_gain", b"_gain", "assignment_id", b"assignment_id", "custom_weight", b"custom_weight", "error", b"error", "gain", b"gain", "is_partial", b"is_partial", "metrics", b"metrics", "normalizer", b"normalizer", "num_examples", b"num_examples", "num_steps", b"num_steps", "training_seconds", b"training_seconds", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
     _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015
