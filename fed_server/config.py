@@ -383,8 +383,8 @@ class ScaffoldConfig(VariateConfig):
         problems = super().problems(run)
         if run.uplink.kind != "raw":
             problems["uplink"] = (
-                f"scaffold takes the sites' gradients from their updates, and what {run.uplink.kind} loses of those would come back "
-                'in every gradient of the next rounds; write kind = "raw" under [uplink], or take another objective'
+                f"scaffold takes the sites' gradients from their updates, and what {run.uplink.kind} loses of those would come "
+                'back in every gradient of the next rounds; write kind = "raw" under [uplink], or take another objective'
             )
         return problems
 
