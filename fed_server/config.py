@@ -527,6 +527,47 @@ class MeanConfig(_AggregationTable):
         return self
 
 
+class QFedAvgConfig(_AggregationTable):
+    """Sites count the more, the worse the model that they received does on their data (q-FedAvg, Li et al. 2020), so that no site
+    is left far behind; every site counts alike otherwise."""
+
+    weighting: ClassVar[Literal["uniform"]] = "uniform"
+    max_weight: ClassVar[None] = None
+    importance: ClassVar[Mapping[str, int]] = {}
+
+    kind: Literal["qfedavg"] = Field(default="qfedavg", description="Weights by loss, for fairness: q-FedAvg.")
+    fairness: float = Field(
+        default=1.0,
+        ge=0,
+        le=20,
+        description="q: an update counts its site's loss to this power. 0: all alike; more: the largest losses count ever more, "
+        "and steps are shorter.",
+    )
+    lipschitz: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e9,
+        description="L, by which long updates shorten the step. Unset: 1 / training.optimizer.learning_rate.",
+        examples=[10.0],
+    )
+
+    def problems(self, run: RunConfig) -> dict[str, str]:
+        """What the rest of the run does not allow, by field."""
+        problems: dict[str, str] = {}
+        objective, optimizer = run.training.objective, run.training.optimizer
+        if isinstance(objective, FedNovaConfig):
+            problems["training.objective"] = (
+                'fednova divides updates by their work, and qfedavg goes by their length; take "plain" or "fedprox", or '
+                'aggregation.kind = "mean"'
+            )
+        if self.lipschitz is None and not isinstance(optimizer, SgdConfig):
+            problems["aggregation.lipschitz"] = (
+                f"is missing: 1 / learning_rate stands for it with sgd, and the optimizer is {optimizer.kind}; write lipschitz = "
+                "10.0, or take sgd"
+            )
+        return problems
+
+
 # Rules that go by distances keep the distance of any two updates of a round.
 MAX_COMPARED = 4096
 
@@ -713,6 +754,7 @@ class CenteredClippingConfig(_ClippingTable):
 
 AggregationConfig = Annotated[
     MeanConfig
+    | QFedAvgConfig
     | MedianConfig
     | TrimmedMeanConfig
     | KrumConfig
@@ -989,6 +1031,8 @@ class RunConfig(ConfigTable):
                 )
         if isinstance(self.training.objective, VariateConfig):
             problems |= self.training.objective.problems(self)
+        if isinstance(self.aggregation, QFedAvgConfig):
+            problems |= self.aggregation.problems(self)
         if self.cohort.selection == "importance":
             problems |= self._importance_problems()
         if self.evaluation.at == "none":

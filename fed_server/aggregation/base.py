@@ -12,19 +12,23 @@ from torch import Tensor
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import TensorSpec
 from fed_server.aggregation.exact import SumMemory
+from fed_server.aggregation.loss_weight import LossWeighting
 from fed_server.aggregation.merge_rules import MergeRule
 
 
 @dataclass(frozen=True)
 class AggregatorSetting:
     """What an aggregator of one round works with besides its config: the model's tensors, the round's grid and the merge rules by
-    name, a folder for files that go with the aggregator, and memory that the run's earlier rounds used."""
+    name, a folder for files that go with the aggregator, memory that the run's earlier rounds used, how weights go by a loss, where
+    they do, and the clients' learning rate before its schedule."""
 
     specs: Sequence[TensorSpec]
     grid: Mapping[str, int]
     rules: Mapping[str, MergeRule]
     scratch_folder: Path
     memory: SumMemory = field(default_factory=SumMemory)
+    loss_weighting: LossWeighting | None = None
+    learning_rate: float = 1.0
 
 
 class Aggregator(Protocol):

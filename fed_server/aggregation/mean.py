@@ -6,7 +6,7 @@ sum, which is exact on a grid (see `grid`) instead of rounded in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,13 +56,15 @@ class WeightedMean:
         """Sum of their weights."""
         return self._total_weight
 
-    def add(self, update: PayloadReader, weight: int) -> None:
-        """Folds one update, tile by tile."""
+    def add(self, update: PayloadReader, weight: int, see: Callable[[TensorSpec, Tensor], None] | None = None) -> None:
+        """Folds one update, tile by tile. `see` is shown each tile that goes into a mean, as it was decoded."""
         for spec in self.specs:
             name = spec.name
             if name in self.sums:
                 for first, tile in update.iter_tiles(name):
                     self.sums[name].add(first * spec.reals_per_element, as_reals(tile), weight)
+                    if see is not None:
+                        see(spec, tile)
             elif name in self.maxima:
                 for first, tile in update.iter_tiles(name):
                     self.raise_maxima(name, first, tile)

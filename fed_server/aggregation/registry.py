@@ -12,12 +12,22 @@ from fed_server.aggregation.geometric_median import geometric_median_rule
 from fed_server.aggregation.krum import krum_rule, multi_krum_rule
 from fed_server.aggregation.mean import WeightedMean
 from fed_server.aggregation.median import median_rule
+from fed_server.aggregation.qfedavg import QFedAvg
 from fed_server.aggregation.robust import RobustAggregator
 from fed_server.aggregation.rule import Rule
 from fed_server.aggregation.trimmed_mean import trimmed_mean_rule
-from fed_server.config import AggregationConfig
+from fed_server.config import AggregationConfig, QFedAvgConfig
 
 MakeAggregator = Callable[[AggregatorSetting, Any], Aggregator]
+
+
+def _mean(setting: AggregatorSetting) -> WeightedMean:
+    return WeightedMean(setting.specs, setting.grid, setting.rules, setting.memory)
+
+
+def _qfedavg(setting: AggregatorSetting, config: QFedAvgConfig) -> Aggregator:
+    assert setting.loss_weighting is not None, "q-FedAvg weights by a loss"
+    return QFedAvg(_mean(setting), setting.loss_weighting, config.lipschitz or 1 / setting.learning_rate)
 
 
 def _robust(make_rule: Callable[[Any], Rule]) -> MakeAggregator:
@@ -25,7 +35,8 @@ def _robust(make_rule: Callable[[Any], Rule]) -> MakeAggregator:
 
 
 AGGREGATORS: dict[str, MakeAggregator] = {
-    "mean": lambda setting, config: WeightedMean(setting.specs, setting.grid, setting.rules, setting.memory),
+    "mean": lambda setting, config: _mean(setting),
+    "qfedavg": _qfedavg,
     "median": _robust(median_rule),
     "trimmed_mean": _robust(trimmed_mean_rule),
     "krum": _robust(krum_rule),

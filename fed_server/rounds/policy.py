@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.registry import EncodingConfig
 from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
 from fed_server.aggregation.grid import GridPolicy, grid_policy
-from fed_server.aggregation.loss_weight import VALIDATION_LOSS, LossWeighting
+from fed_server.aggregation.loss_weight import RECEIVED_LOSS, VALIDATION_LOSS, LossWeighting
 from fed_server.config import (
     EpochsConfig,
     FedDynConfig,
@@ -16,6 +17,7 @@ from fed_server.config import (
     ObjectiveConfig,
     PlainObjectiveConfig,
     PlateauScheduleConfig,
+    QFedAvgConfig,
     RobustConfig,
     RunConfig,
     ScaffoldConfig,
@@ -63,13 +65,25 @@ def _objective(config: ObjectiveConfig) -> ObjectivePlan:
 
 
 def _measures(config: RunConfig) -> tuple[str, ...]:
-    weighting = loss_weighting(config)
+    weighting = loss_weighting(config, 1.0)
     return (weighting.metric,) if weighting is not None else ()
 
 
-def loss_weighting(config: RunConfig) -> LossWeighting | None:
-    """How weights go by a loss that the sites report; None where they do not."""
+def loss_scale(config: RunConfig, reports: Mapping[str, SiteReport]) -> float:
+    """The largest loss that a round reckons with where weights rise with losses: twice the largest of the last round that had any,
+    and a fixed one before. 0 where weights do not."""
+    if not isinstance(config.aggregation, QFedAvgConfig):
+        return 0.0
+    newest = max((report.round for report in reports.values()), default=0)
+    losses = [r.loss for r in reports.values() if r.round == newest and r.loss is not None and isfinite(r.loss)]
+    return min(max(2 * max(losses), _SMALLEST_SCALE), _LARGEST_SCALE) if losses else _FIRST_SCALE
+
+
+def loss_weighting(config: RunConfig, scale: float) -> LossWeighting | None:
+    """How weights go by a loss that the sites report; None where they do not. `scale` is the round's `loss_scale`."""
     aggregation = config.aggregation
+    if isinstance(aggregation, QFedAvgConfig):
+        return LossWeighting(RECEIVED_LOSS, scale, aggregation.fairness, run_grid_policy(config).max_weight)
     if not (isinstance(aggregation, MeanConfig) and aggregation.weighting == "inverse_loss"):
         return None
     return LossWeighting(
@@ -132,6 +146,11 @@ def run_grid_policy(config: RunConfig) -> GridPolicy:
     limit = num_selected(config.cohort.size, config.cohort.over_selection)
     return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
 
+
+# The losses that a round reckons with where they are not known yet, and what it reckons with at least and at most.
+_FIRST_SCALE = 16.0
+_SMALLEST_SCALE = 1e-6
+_LARGEST_SCALE = 1e30
 
 # The loss below which none counts more by "inverse_loss", where the config does not say.
 _SMALLEST_LOSS = 0.01

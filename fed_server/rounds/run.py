@@ -26,6 +26,7 @@ from fed_server.aggregation.base import Aggregator, AggregatorSetting
 from fed_server.aggregation.corrected import Corrected
 from fed_server.aggregation.exact import SumMemory
 from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
+from fed_server.aggregation.loss_weight import RECEIVED_LOSS
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.normalized import Normalized
 from fed_server.aggregation.registry import new_aggregator
@@ -35,6 +36,7 @@ from fed_server.config import (
     DeltaDownlinkConfig,
     FedNovaConfig,
     LatticeDownlinkConfig,
+    QFedAvgConfig,
     RawDownlinkConfig,
     RunConfig,
     ScaffoldConfig,
@@ -52,6 +54,7 @@ from fed_server.rounds.metrics import mean_metrics
 from fed_server.rounds.policy import (
     learning_rate,
     least_work,
+    loss_scale,
     loss_weighting,
     plateau_after,
     population,
@@ -193,7 +196,7 @@ class LiveRun:
             is_normalized=self._is_normalized,
             least_work=self._least_work,
             fixed_weight=self.round.weights.get(self._surroundings.name_of(assignment.client_id)),
-            loss_weighting=loss_weighting(self.config),
+            loss_weighting=loss_weighting(self.config, self.round.loss_scale),
         )
 
     @property
@@ -239,7 +242,7 @@ class LiveRun:
                     self._surroundings.name_of(p.client_id): Turns(p.last_round, p.num_selected)
                     for p in tx.participations(self.run_id)
                 }
-            if self.config.cohort.selection == "importance":
+            if self.config.cohort.selection == "importance" or isinstance(self.config.aggregation, QFedAvgConfig):
                 for assignment in tx.assignments(self.run_id):
                     self._note_report(assignment)
 
@@ -275,7 +278,8 @@ class LiveRun:
         if assignment.kind is AssignmentKind.TRAIN and assignment.state is AssignmentState.RECEIVED:
             name = self._surroundings.name_of(assignment.client_id)
             if name not in self.reports or self.reports[name].round <= assignment.round:
-                loss = assignment.metrics.get("loss")
+                metric = RECEIVED_LOSS if isinstance(self.config.aggregation, QFedAvgConfig) else "loss"
+                loss = assignment.metrics.get(metric)
                 self.reports[name] = SiteReport(assignment.round, loss, assignment.num_examples)
 
     async def _set_aside(self, assignment: AssignmentRecord, reason: str) -> None:
@@ -444,6 +448,7 @@ class LiveRun:
             weights=dict(correction.weights) if correction else {},
             weight_unit=correction.unit if correction else 0,
             chances=dict(correction.chances) if correction else {},
+            loss_scale=loss_scale(self.config, self.reports),
             phase_seconds={RoundState.SELECTING: self._waited_seconds},
         )
         ids = self._surroundings.client_ids(selection.cohort)
@@ -1045,7 +1050,15 @@ class LiveRun:
         aggregation = self.config.aggregation
         rules = merge_rules(self.specs, [(m.pattern, m.rule) for m in aggregation.merge])
         scratch_folder = self._facilities.files.scratch_folder
-        setting = AggregatorSetting(self.specs, self.round.grid, rules, scratch_folder, self._sum_memory)
+        setting = AggregatorSetting(
+            self.specs,
+            self.round.grid,
+            rules,
+            scratch_folder,
+            self._sum_memory,
+            loss_weighting=loss_weighting(self.config, self.round.loss_scale),
+            learning_rate=self.config.training.optimizer.learning_rate,
+        )
         aggregator = new_aggregator(setting, aggregation)
         if self.round.weight_unit:
             return Corrected(aggregator, self.round.weight_unit)

@@ -121,6 +121,8 @@ class RoundRecord:
     weights: dict[str, int] = field(default_factory=dict)
     weight_unit: int = 0
     chances: dict[str, float] = field(default_factory=dict)
+    # Loss that stands for the largest weight, where weights rise with losses; 0 otherwise.
+    loss_scale: float = 0.0
     # Phase name -> seconds of uptime spent in it.
     phase_seconds: dict[str, float] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)

@@ -193,6 +193,8 @@ EVERY_OPTION += [
     f'{MINIMAL}downlink = {{ kind = "raw" }}\n',
     f'{MINIMAL}cohort.selection = "importance"\ncohort.equal_part = 0.5\n',
     f'{MINIMAL}aggregation = {{ kind = "mean", weighting = "inverse_loss", smallest_loss = 0.5 }}\n',
+    f'{MINIMAL}aggregation = {{ kind = "qfedavg", fairness = 2.0, lipschitz = 5.0, bound = 16.0, '
+    'merge = [{ pattern = "b*", rule = "keep" }] }\n',
     f"{MINIMAL}[training.learning_rate_by_site]\nnorth = 0.05\n",
 ]
 
@@ -434,7 +436,7 @@ def _default(field: FieldInfo) -> str:
         ('training.overridable = ["optimizer", "optimizer"]', "training.overridable: expected each name once"),
         ('aggregation = { kind = "mean", merge = [{ pattern = "x", rule = "men" }] }', 'merge[0].rule: expected "mean", "maxi'),
         ('aggregation = { kind = "mean", merge = [{ patern = "x" }] }', "aggregation.merge[0].patern: there is no such key; did "),
-        ('aggregation.weighting = "uniform"', 'aggregation: has no kind; add kind = "mean", "median", "trimmed_mean", "krum", '),
+        ('aggregation.weighting = "uniform"', 'aggregation: has no kind; add kind = "mean", "qfedavg", "median", "trimmed_mean", '),
         ('aggregation = { kind = "mean", weighting = "uniform", max_weight = 3 }', "aggregation.max_weight: has no effect with "),
         ('aggregation = { kind = "mean", importance = { "a b" = 2 } }', "aggregation.importance.a b: expected only characters of"),
         ('aggregation = { kind = "mean", importance = { a = 0 } }', "aggregation.importance.a: expected "),

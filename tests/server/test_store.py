@@ -100,6 +100,7 @@ ROUND = RoundRecord(
     weights={"site": 2**40},
     weight_unit=2**17,
     chances={"site": 0.1},
+    loss_scale=0.1,
     phase_seconds={"training": 0.25},
     metrics={"loss": 1e-300, "perplexity": float("inf")},
 )
