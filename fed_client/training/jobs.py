@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fed_client.training.leaving import Update, Write, also_telling
 from fed_client.training.loop import train
-from fed_client.training.residual import RESIDUAL, Update, write_with_feedback
+from fed_client.training.residual import RESIDUAL, write_with_feedback
 from fed_client.training.trainer import MODEL_DAMAGED
 from fed_client.training.variates import VARIATE, NextVariate, add_common, read_corrections
 from fed_core.batches import check_metric_names, choose_device, evaluate, mean_loss, num_examples, reproducible
@@ -194,44 +195,44 @@ class SiteJobs:
             update = _update(model, base, specs, outcome.normalizer)
         del model  # an encoding may need room, and the update is all that is left to do
 
+        def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
+            with reproducible(training.seed, training.num_threads), _published(Path(out_path)) as file:
+                try:
+                    return write_payload(
+                        file,
+                        kind=common_pb2.PAYLOAD_KIND_UPDATE,
+                        run_id=run_id,
+                        round=round,
+                        model_version=model_version,
+                        base_digest=bytes.fromhex(base_digest),
+                        update=info,
+                        tensors=tensors,
+                        encoding=encoding,
+                        seed=training.seed,
+                        on_decoded=on_decoded,
+                    )
+                except PayloadError as error:
+                    raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
+
         left: dict[str, str] | None = None
-        not_carried = [problem] if problem else []
+        not_carried = [problem]
         with ExitStack() as stack:
+            writing: Write = write
             variate: NextVariate | None = None
             if corrections is not None and carry_to is not None:
-                path = Path(f"{carry_to}.{VARIATE}")
                 factor = 1 / outcome.work if outcome.work else training.objective.strength
-                variate = stack.enter_context(NextVariate(path, specs, corrections, factor))
-
-            def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
-                keeping = [keep for keep in (on_decoded, variate.keep if variate else None) if keep is not None]
-                with reproducible(training.seed, training.num_threads), _published(Path(out_path)) as file:
-                    try:
-                        return write_payload(
-                            file,
-                            kind=common_pb2.PAYLOAD_KIND_UPDATE,
-                            run_id=run_id,
-                            round=round,
-                            model_version=model_version,
-                            base_digest=bytes.fromhex(base_digest),
-                            update=info,
-                            tensors=tensors,
-                            encoding=encoding,
-                            seed=training.seed,
-                            on_decoded=_each(keeping),
-                        )
-                    except PayloadError as error:
-                        raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
-
+                following = NextVariate(Path(f"{carry_to}.{VARIATE}"), specs, corrections, factor)
+                variate = stack.enter_context(following)
+                writing = also_telling(variate.keep, write)
             if encoding.wants_feedback and carry_to is not None:
-                fed_back = write_with_feedback(write, update, carried.get(RESIDUAL), Path(f"{carry_to}.{RESIDUAL}"))
+                fed_back = write_with_feedback(writing, update, carried.get(RESIDUAL), Path(f"{carry_to}.{RESIDUAL}"))
                 written, left = fed_back.written, fed_back.carried
                 not_carried += fed_back.problems
             else:
-                written = write(update)
+                written = writing(update, None)
             if variate is not None:
                 left = (left or {}) | variate.finish()
-                not_carried += [variate.problem] if variate.problem else []
+                not_carried.append(variate.problem)
         return {
             "digest": written.digest.hex(),
             "total_bytes": written.total_bytes,
@@ -245,7 +246,7 @@ class SiteJobs:
             "seconds": outcome.seconds,
             "metrics": metrics,
             "carried": left,
-            "not_carried": not_carried,
+            "not_carried": [problem for problem in not_carried if problem],
         }
 
     def _measure_before(self, model: nn.Module, plan: TrainingPlan) -> dict[str, float]:
@@ -307,16 +308,6 @@ class SiteJobs:
             )
         load_tensors(model, payload.tensors(verify=True))
         return model.to(self._device), specs
-
-
-def _each(keeping: Sequence[OnDecoded]) -> OnDecoded | None:
-    """One that calls them all."""
-
-    def keep(spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
-        for each in keeping:
-            each(spec, codec, first, decoded)
-
-    return keep if keeping else None
 
 
 def _encoding(uplink: str) -> EncodingConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +12,28 @@ from typing import BinaryIO, Self
 from torch import Tensor
 
 from fed_client.durable import publish
+from fed_core.payload.writer import OnDecoded, Written
 from fed_core.safetensors_tiles import SafetensorsWriter, tensors_digest
 from fed_core.specs import TensorSpec
+
+Update = list[tuple[TensorSpec, Tensor]]
+
+Write = Callable[[Update, OnDecoded | None], Written]
+"""Encodes an update, telling whoever is given what a receiver will decode."""
+
+
+def also_telling(listener: OnDecoded, write: Write) -> Write:
+    """The same, telling `listener` too."""
+
+    def telling(update: Update, on_decoded: OnDecoded | None) -> Written:
+        def tell(spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
+            listener(spec, codec, first, decoded)
+            if on_decoded is not None:
+                on_decoded(spec, codec, first, decoded)
+
+        return write(update, tell)
+
+    return telling
 
 
 class LeftFile:

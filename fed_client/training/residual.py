@@ -19,25 +19,23 @@ no sum of updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from torch import Tensor
 
-from fed_client.training.leaving import LeftFile
+from fed_client.training.leaving import LeftFile, Update, Write
 from fed_core.codecs.floating import is_lossy_parameter
 from fed_core.errors import PayloadError
-from fed_core.payload.writer import OnDecoded, Written
+from fed_core.payload.writer import Written
 from fed_core.safetensors_tiles import SafetensorsReader, tensors_digest
 from fed_core.specs import TensorSpec, explain_difference
 from fed_core.tensors import apply_difference, difference
 
 RESIDUAL: Final = "residual"
 """Its kind among what a site carries over."""
-
-Update = list[tuple[TensorSpec, Tensor]]
 
 
 def has_residual(spec: TensorSpec) -> bool:
@@ -80,7 +78,7 @@ class FedBack:
 
 
 def write_with_feedback(
-    write: Callable[[Update, OnDecoded | None], Written],
+    write: Write,
     update: Update,
     residual: tuple[str, str] | None,
     next_residual: Path,

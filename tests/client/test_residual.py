@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fed_client.training import leaving
-from fed_client.training.residual import RESIDUAL, FedBack, Update, add_residual, has_residual, write_with_feedback
+from fed_client.training.leaving import Update
+from fed_client.training.residual import RESIDUAL, FedBack, add_residual, has_residual, write_with_feedback
 from fed_core.codecs.base import Encoding
 from fed_core.codecs.fsq import FsqConfig
 from fed_core.codecs.raw import RawConfig
