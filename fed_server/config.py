@@ -65,21 +65,22 @@ class CohortConfig(ConfigTable):
     size: int = Field(
         ge=1,
         le=MAX_COHORT,
-        description="Updates at which a round closes at once: its goal.",
+        description="Updates at which a round closes at once: its goal. In buffered rounds the size of the buffer.",
         examples=[3],
     )
     min_clients: int = Field(
         default_factory=lambda data: data.get("size", 1),
         ge=1,
         le=MAX_COHORT,
-        description="Eligible clients (alive, workload installed, labels match) that must be present before a round begins. "
-        "Default: size.",
+        description="Eligible clients (alive, workload installed, labels match) that must be present before a round begins; in "
+        "buffered rounds, while nobody is at work. Default: size.",
     )
     quorum: int = Field(
         default_factory=lambda data: math.ceil(data.get("size", 1) * 2 / 3),
         ge=1,
         le=MAX_COHORT,
-        description="Updates that suffice at the deadline; with fewer the round fails. Default: two thirds of size, rounded up.",
+        description="Updates that suffice at the deadline, or when there is nobody left to wait for; with fewer the round fails. "
+        "Default: two thirds of size, rounded up.",
     )
     over_selection: float = Field(
         default=1.0,
@@ -116,11 +117,6 @@ class CohortConfig(ConfigTable):
             problems["quorum"] = (
                 f"expected at most size ({self.size}), got {self.quorum}; no round could close: lower quorum or raise size"
             )
-        if self.min_clients < self.quorum:
-            problems["min_clients"] = (
-                f"expected at least quorum ({self.quorum}), got {self.min_clients}; a round would begin that cannot close: "
-                "raise min_clients or lower quorum"
-            )
         if self.equal_part is not None and self.selection != "importance":
             problems["equal_part"] = 'has no effect without selection = "importance"; delete it, or set that'
         if self.over_selection > 1 and self.selection == "importance":
@@ -138,7 +134,8 @@ class ScheduleConfig(ConfigTable):
     max_rounds: Count = Field(description="Rounds after which the run is finished.", examples=[10])
     deadline_seconds: Seconds = Field(
         default=600.0,
-        description="Seconds of the coordinator's uptime after which a round closes with what it has, if that is a quorum.",
+        description="Seconds of the coordinator's uptime after which a round closes with what it has, if that is a quorum. In "
+        "buffered rounds, after which a client that has not delivered is replaced.",
     )
     time_budget_seconds: float = Field(
         default=0.0,
@@ -160,6 +157,66 @@ class ScheduleConfig(ConfigTable):
                 }
             )
         return self
+
+
+class SynchronousConfig(ConfigTable):
+    """A cohort trains side by side, all from the same version."""
+
+    kind: Literal["synchronous"] = Field(
+        default="synchronous", description="A cohort at a time, from the same version."
+    )
+
+
+class ConstantStalenessConfig(ConfigTable):
+    """Every update counts the same."""
+
+    kind: Literal["constant"] = Field(default="constant", description="1, however late.")
+
+
+class PolynomialStalenessConfig(ConfigTable):
+    """The later an update, the less it counts."""
+
+    kind: Literal["polynomial"] = Field(default="polynomial", description="1 / (1 + versions late) ^ exponent.")
+    exponent: float = Field(
+        default=0.5,
+        gt=0,
+        le=8,
+        description="How fast it falls. With 0.5 an update that is 3 versions late counts half.",
+    )
+
+
+StalenessConfig = Annotated[ConstantStalenessConfig | PolynomialStalenessConfig, Field(discriminator="kind")]
+
+# Sums of so many updates, weighted in steps of 2^-16, keep the resolution that every mean has.
+MAX_BUFFER = 2048
+MAX_STALENESS = 1000
+
+
+class BufferedConfig(ConfigTable):
+    """FedBuff: clients train all the time, each from the version that was the newest when it was asked."""
+
+    kind: Literal["buffered"] = Field(
+        default="buffered", description="A version for every cohort.size updates: FedBuff."
+    )
+    concurrency: int = Field(
+        ge=1,
+        le=MAX_COHORT,
+        description="Clients at work at once. Whenever one delivers, fails or falls silent, another is asked.",
+        examples=[10],
+    )
+    max_staleness: int = Field(
+        default=20,
+        ge=0,
+        le=MAX_STALENESS,
+        description="Versions that may be committed while a client works; a later update is refused, and its client asked anew. A "
+        "version is kept while somebody works on it, so at most so many more files.",
+    )
+    staleness: StalenessConfig = Field(
+        default=PolynomialStalenessConfig(), description="How much an update counts by the versions that it is late."
+    )
+
+
+RoundsConfig = Annotated[SynchronousConfig | BufferedConfig, Field(discriminator="kind")]
 
 
 class EpochsConfig(ConfigTable):
@@ -985,6 +1042,7 @@ class RunConfig(ConfigTable):
     )
     cohort: CohortConfig = Field(description="Who takes part in a round.")
     schedule: ScheduleConfig = Field(description="How many rounds, and how long each may take.")
+    rounds: RoundsConfig = Field(default=SynchronousConfig(), description="Whether clients wait for each other.")
     training: TrainingConfig = Field(
         default=TrainingConfig(), description="What a client does with the model it receives."
     )
@@ -1008,6 +1066,7 @@ class RunConfig(ConfigTable):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         problems: dict[str, str] = {}
+        measuring = "coordinator" if isinstance(self.rounds, BufferedConfig) else "clients"
         schedules = {"training": self.training.schedule, "server_optimizer": self.server_optimizer.schedule}
         for table, schedule in schedules.items():
             if schedule.warmup_rounds >= self.schedule.max_rounds:
@@ -1020,7 +1079,7 @@ class RunConfig(ConfigTable):
             if plateau.metric is None or not plateau.metric.startswith("train."):
                 problems["training.schedule.metric"] = (
                     'needs a measured metric, and evaluation.at is "none"; watch one of the training, such as "train.loss", or set '
-                    'evaluation.at to "clients"'
+                    f'evaluation.at to "{measuring}"'
                 )
         if isinstance(self.aggregation, RobustConfig):
             problems |= {f"aggregation.{name}": text for name, text in self.aggregation.problems(self.cohort).items()}
@@ -1035,11 +1094,18 @@ class RunConfig(ConfigTable):
             problems |= self.aggregation.problems(self)
         if self.cohort.selection == "importance":
             problems |= self._importance_problems()
+        if isinstance(self.rounds, BufferedConfig):
+            problems |= self._problems_of_buffers()
+        elif self.cohort.min_clients < self.cohort.quorum:
+            problems["cohort.min_clients"] = (
+                f"expected at least quorum ({self.cohort.quorum}), got {self.cohort.min_clients}; a round would begin that cannot "
+                "close: raise min_clients or lower quorum"
+            )
         if self.evaluation.at == "none":
             for field in ("target", "patience"):
                 if getattr(self.stop, field) is not None:
                     problems[f"stop.{field}"] = (
-                        'needs a measured metric, and evaluation.at is "none"; delete it, or set evaluation.at to "clients"'
+                        f'needs a measured metric, and evaluation.at is "none"; delete it, or set evaluation.at to "{measuring}"'
                     )
         _refuse(problems)
         return self
@@ -1067,6 +1133,52 @@ class RunConfig(ConfigTable):
             problems["training.objective"] = (
                 f'{objective.kind} needs more than a mean, and cohort.selection = "importance" corrects the mean alone; take '
                 '"plain" or "fedprox", or another selection'
+            )
+        return problems
+
+    def _problems_of_buffers(self) -> dict[str, str]:
+        """What a buffered run cannot do, by field."""
+        problems: dict[str, str] = {}
+        if self.cohort.selection == "importance":
+            problems["cohort.selection"] = (
+                '"importance" gives updates weights that make up for their chances, and in buffered rounds they count by their '
+                'staleness alone; take "random", "round_robin" or "staleness"'
+            )
+        if self.cohort.size > MAX_BUFFER:
+            problems["cohort.size"] = (
+                f"expected at most {MAX_BUFFER} in buffered rounds, got {self.cohort.size}; sums weighted by staleness would be "
+                "too coarse: lower it"
+            )
+        if self.cohort.over_selection != 1:
+            problems["cohort.over_selection"] = (
+                "has no effect in buffered rounds, where no work is dropped because others were faster; delete it"
+            )
+        aggregation = self.aggregation
+        if not isinstance(aggregation, MeanConfig):
+            problems["aggregation.kind"] = (
+                f"{aggregation.kind} combines updates of one version, and those of a buffer are of several; take "
+                '"mean", or rounds.kind = "synchronous"'
+            )
+        else:
+            if aggregation.weighting != "uniform":
+                problems["aggregation.weighting"] = (
+                    f'expected "uniform" in buffered rounds, got "{aggregation.weighting}"; the sum is divided by cohort.size '
+                    'whatever comes, so that updates count by their staleness alone: set weighting = "uniform"'
+                )
+            if aggregation.importance:
+                problems["aggregation.importance"] = (
+                    "has no effect in buffered rounds, where updates count by their staleness alone; delete it"
+                )
+        objective = self.training.objective
+        if not isinstance(objective, PlainObjectiveConfig | FedProxConfig):
+            problems["training.objective"] = (
+                f"{objective.kind} takes it that the updates of a round are of one version and of one cohort; take "
+                '"plain" or "fedprox", or rounds.kind = "synchronous"'
+            )
+        if self.evaluation.at in ("clients", "both"):
+            problems["evaluation.at"] = (
+                f'expected "coordinator" or "none" in buffered rounds, got "{self.evaluation.at}"; the sites never rest to measure '
+                'a version: set at = "coordinator", with fed-server --workload'
             )
         return problems
 

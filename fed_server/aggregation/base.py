@@ -20,7 +20,8 @@ from fed_server.aggregation.merge_rules import MergeRule
 class AggregatorSetting:
     """What an aggregator of one round works with besides its config: the model's tensors, the round's grid and the merge rules by
     name, a folder for files that go with the aggregator, memory that the run's earlier rounds used, how weights go by a loss, where
-    they do, and the clients' learning rate before its schedule."""
+    they do, and the clients' learning rate before its schedule. `divisor` is what a mean's sum is divided by where that is not the
+    sum of weights."""
 
     specs: Sequence[TensorSpec]
     grid: Mapping[str, int]
@@ -29,6 +30,7 @@ class AggregatorSetting:
     memory: SumMemory = field(default_factory=SumMemory)
     loss_weighting: LossWeighting | None = None
     learning_rate: float = 1.0
+    divisor: int | None = None
 
 
 class Aggregator(Protocol):

@@ -22,8 +22,9 @@ from fed_server.aggregation.merge_rules import MergeRule
 class WeightedMean:
     """sum(weight_i * update_i) / sum(weight_i) over floating tensors, the maximum over counters.
 
-    Memory: 8 bytes per element of the model, whatever the cohort, and one decoded tile. `specs`, `sums` and `maxima` are for those
-    who write down a mean on its way (see `partial`).
+    `divisor`, where given, is what the sum is divided by instead of the sum of weights: weights below the usual then make a step
+    smaller, as in FedBuff (see `staleness`). Memory: 8 bytes per element of the model, whatever the cohort, and one decoded tile.
+    `specs`, `sums` and `maxima` are for those who write down a mean on its way (see `partial`).
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class WeightedMean:
         grid: Mapping[str, int],
         rules: Mapping[str, MergeRule],
         memory: SumMemory | None = None,
+        divisor: int | None = None,
     ) -> None:
         self.specs = list(specs)
+        self._divisor = divisor
         self.sums: dict[str, ExactSum] = {}
         self.maxima: dict[str, Tensor] = {}
         scratch = scratch_tile()
@@ -104,7 +107,7 @@ class WeightedMean:
         """See `Aggregator.report`."""
         if spec.name in self.sums:
             return self.sums[spec.name].mean(
-                first * spec.reals_per_element, count * spec.reals_per_element, self._total_weight
+                first * spec.reals_per_element, count * spec.reals_per_element, self._divisor or self._total_weight
             )
         if spec.name in self.maxima:
             return self.maxima[spec.name][first : first + count]

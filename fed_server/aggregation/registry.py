@@ -22,7 +22,7 @@ MakeAggregator = Callable[[AggregatorSetting, Any], Aggregator]
 
 
 def _mean(setting: AggregatorSetting) -> WeightedMean:
-    return WeightedMean(setting.specs, setting.grid, setting.rules, setting.memory)
+    return WeightedMean(setting.specs, setting.grid, setting.rules, setting.memory, setting.divisor)
 
 
 def _qfedavg(setting: AggregatorSetting, config: QFedAvgConfig) -> Aggregator:

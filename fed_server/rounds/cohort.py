@@ -83,9 +83,9 @@ def draw_by_importance(
     return cohort, correction_of(cohort, shares, chances, policy.max_weight)
 
 
-def client_seed(seed: int, round: int, name: str) -> int:
-    """Seed of everything random at a site in a round, 0 to 2**63 - 1."""
-    return _hash("client", seed, round, name) >> 1
+def client_seed(seed: int, round: int, name: str, turn: int = 0) -> int:
+    """Seed of everything random at a site in a round, 0 to 2**63 - 1; `turn` counts how often it was asked before in that round."""
+    return _hash("client", seed, round, name, *([turn] if turn else [])) >> 1
 
 
 def broadcast_seed(seed: int, version: int) -> int:
@@ -127,12 +127,27 @@ def within_population(candidates: Candidates, members: Collection[str], limit: i
 @dataclass(frozen=True)
 class Selection:
     """A cohort, or none and what is waited for. `waits_for_busy`: enough clients are there, but at work elsewhere. `correction`:
-    how the updates of a cohort that was drawn by importance count."""
+    how the updates of a cohort that was drawn by importance count. `is_exhausted`: none of those who are there is to be asked
+    again for this round."""
 
     cohort: tuple[str, ...]
     reason: str
     waits_for_busy: bool = False
     correction: Correction | None = None
+    is_exhausted: bool = False
+
+
+def lack_of_clients(candidates: Candidates, *, min_clients: int, is_settling: bool) -> str:
+    """Why nobody is asked yet, or an empty string. Right after a start (`is_settling`) the clients that were there before are
+    waited for."""
+    alive = candidates.alive
+    if is_settling and candidates.expected:
+        return f"waiting for {some(candidates.expected)} to call again after the coordinator's start"
+    if len(alive) >= min_clients:
+        return ""
+    unlike = "".join(f"; {name} {why}" for name, why in candidates.unlike[:3])
+    here = f"{len(alive)} alive ({some(alive)})" if alive else "none alive"
+    return f"waiting for {min_clients} clients with the workload and labels of the run: {here}{unlike}"
 
 
 def select(
@@ -154,21 +169,15 @@ def select(
     cohort. `selection` is "random", by seed and round alone; "round_robin" or "staleness", by `turns` as in `next_in_turn` and
     `draw_by_staleness`; or "importance", by a policy as in `draw_by_importance`.
     """
+    if lack := lack_of_clients(candidates, min_clients=min_clients, is_settling=is_settling):
+        return Selection((), lack)
     alive = candidates.alive
-    if is_settling and candidates.expected:
-        return Selection((), f"waiting for {_some(candidates.expected)} to call again after the coordinator's start")
-    if len(alive) < min_clients:
-        unlike = "".join(f"; {name} {why}" for name, why in candidates.unlike[:3])
-        here = f"{len(alive)} alive ({_some(alive)})" if alive else "none alive"
-        return Selection(
-            (), f"waiting for {min_clients} clients with the workload and labels of the run: {here}{unlike}"
-        )
     free = alive - candidates.busy - candidates.reserved
     needed = min(size, len(alive))
     if len(free) < needed:
         taken = alive - free
         return Selection(
-            (), f"waiting for {needed} free clients: {_some(taken)} at work for another run", waits_for_busy=True
+            (), f"waiting for {needed} free clients: {some(taken)} at work for another run", waits_for_busy=True
         )
     count = num_selected(size, over_selection)
     correction = None
@@ -185,6 +194,7 @@ def select(
     return Selection(tuple(cohort), f"selected {len(cohort)} of {len(alive)} clients", correction=correction)
 
 
-def _some(names: Collection[str], most: int = 5) -> str:
+def some(names: Collection[str], most: int = 5) -> str:
+    """A few of the names, and how many more there are."""
     listed = sorted(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -21,9 +21,10 @@ from fed_core.errors import (
 )
 from fed_core.payload.manifest import Manifest
 from fed_core.payload.reader import PayloadReader
-from fed_core.specs import TensorSpec, fingerprint, variate_specs
+from fed_core.specs import BUFFER, TensorSpec, fingerprint, is_floating, variate_specs
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.config import (
+    BufferedConfig,
     LatticeDownlinkConfig,
     RawDownlinkConfig,
     RobustConfig,
@@ -33,6 +34,7 @@ from fed_server.config import (
 )
 from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
+from fed_server.rounds.buffered import staleness_notice
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select, within_population
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
@@ -88,6 +90,8 @@ class Coordinator:
         self._signals: dict[str, Signal] = {}
         self._saved_presence: dict[str, float] = {}
         self._turns = 0
+        # run id -> names of those that it was given and that do not know yet.
+        self._promised: dict[str, set[str]] = {}
         # Held from the publication of a file until the transaction that refers to it, and by whoever deletes unreferenced files.
         self.files_lock = asyncio.Lock()
         self._garbage = Signal()
@@ -138,6 +142,7 @@ class Coordinator:
             await run.drive()
         finally:
             self._drivers.pop(run.run_id, None)
+            self._promised.pop(run.run_id, None)
             if run.record.state is not RunState.ACTIVE:
                 self._runs.pop(run.run_id, None)
                 self._wake_runs()
@@ -373,6 +378,8 @@ class Coordinator:
                 _require_disk(self._facilities, manifest, config)
                 if config.average.decay > 0:
                     _require_averageable(manifest.specs)
+                if isinstance(config.rounds, BufferedConfig) and config.aggregation.bound is not None:
+                    _require_no_statistics(manifest.specs)
                 made = write(payload)
             now = self._facilities.clock.now()
             record = RunRecord(
@@ -432,7 +439,9 @@ class Coordinator:
             for part in (parts.master, parts.model, parts.payload):
                 part.unlink(missing_ok=True)
         candidates = self._candidates(run)
-        if isinstance(config.aggregation, RobustConfig):
+        if isinstance(config.rounds, BufferedConfig):
+            notices = [staleness_notice(config.rounds)]
+        elif isinstance(config.aggregation, RobustConfig):
             num_sites = max(len(candidates.alive), config.cohort.min_clients)
             notices = [risk_notice(config, config.aggregation, num_sites)]
         else:
@@ -499,13 +508,13 @@ class Coordinator:
     # Whose turn it is
 
     def select(self, run: LiveRun) -> Selection:
-        """The cohort of the run's next round. Runs that wait take turns: one that lacks only clients at work elsewhere keeps its
-        claim on them against those whose turn comes later."""
+        """The cohort of the run's next round, or whom a buffered run asks next. Runs that wait take turns: one that lacks only
+        clients at work elsewhere keeps its claim on them against those whose turn comes later."""
         if self.is_draining:
             return Selection((), "the coordinator is stopping")
         reserved: set[str] = set()
         waiting = sorted(
-            (r for r in self._runs.values() if r.wants_round), key=lambda r: (r.last_turn, r.record.created_time)
+            (r for r in self._runs.values() if r.wants_clients), key=lambda r: (r.last_turn, r.record.created_time)
         )
         for earlier in waiting:
             if earlier is run:
@@ -515,12 +524,16 @@ class Coordinator:
                 reserved |= candidates.alive
         selection = self._choose(run, replace(self._candidates(run), reserved=frozenset(reserved)))
         if selection.cohort:
+            self._promised[run.run_id] = set(selection.cohort)
             self._turns += 1
             run.last_turn = self._turns
         return selection
 
     def _choose(self, run: LiveRun, candidates: Candidates) -> Selection:
         membership, cohort = self._facilities.membership, run.config.cohort
+        is_settling = self._facilities.clock.monotonic() - membership.started < SETTLE_SECONDS
+        if run.is_buffered:
+            return run.choose_next(candidates, is_settling=is_settling)
         return select(
             candidates,
             seed=run.config.seed,
@@ -528,7 +541,7 @@ class Coordinator:
             size=cohort.size,
             over_selection=cohort.over_selection,
             min_clients=cohort.min_clients,
-            is_settling=self._facilities.clock.monotonic() - membership.started < SETTLE_SECONDS,
+            is_settling=is_settling,
             selection=cohort.selection,
             turns=run.turns,
             importance=importance_policy(run.config, run.reports),
@@ -550,7 +563,10 @@ class Coordinator:
                     alive.add(client.name)
                 else:
                     unlike.append((client.name, mismatch))
-            if any(a.kind is AssignmentKind.TRAIN for a in self._open.get(client.client_id, {}).values()):
+            is_promised = any(client.name in names for run_id, names in self._promised.items() if run_id != run.run_id)
+            if is_promised or any(
+                a.kind is AssignmentKind.TRAIN for a in self._open.get(client.client_id, {}).values()
+            ):
                 busy.add(client.name)
         candidates = Candidates(
             frozenset(alive), busy=frozenset(busy), expected=frozenset(expected), unlike=tuple(sorted(unlike))
@@ -577,6 +593,7 @@ class Coordinator:
             mine = self._open.setdefault(assignment.client_id, {})
             if assignment.state is AssignmentState.OPEN:
                 mine[assignment.assignment_id] = assignment
+                self._promised.get(assignment.run_id, set()).discard(self.name_of(assignment.client_id))
             else:
                 someone_free |= mine.pop(assignment.assignment_id, None) is not None
             signal = self._signals.get(assignment.client_id)
@@ -588,7 +605,7 @@ class Coordinator:
 
     def _wake_runs(self) -> None:
         for run in self._runs.values():
-            if run.wants_round:
+            if run.wants_clients:
                 run.changed.notify()
 
     # Files
@@ -627,11 +644,12 @@ class Coordinator:
                         continue
                     live_masters.add((record.run_id, record.model_version))
                     live_payloads.update(b.digest for b in tx.broadcasts(record.run_id) if b.is_available)
+                    first = record.round + 1
                     round = tx.round(record.run_id, record.round) if record.round else None
-                    if round is None or round.state in (RoundState.COMMITTED, RoundState.FAILED):
-                        continue
-                    live_masters.add((record.run_id, round.base_version))
-                    for assignment in tx.assignments(record.run_id, round.round):
+                    if round is not None and round.state not in (RoundState.COMMITTED, RoundState.FAILED):
+                        live_masters.add((record.run_id, round.base_version))
+                        first = round.round
+                    for assignment in tx.unsettled_assignments(record.run_id, first):
                         if assignment.state is AssignmentState.RECEIVED:
                             updates.add(assignment.assignment_id)
                         elif assignment.state is AssignmentState.OPEN:
@@ -679,16 +697,30 @@ def _require_averageable(specs: Sequence[TensorSpec]) -> None:
             )
 
 
+def _require_no_statistics(specs: Sequence[TensorSpec]) -> None:
+    """Statistics of older versions are moved by what the versions differ in, which nothing but the bound of the model covers."""
+    for spec in specs:
+        if spec.role == BUFFER and is_floating(spec.dtype):
+            raise ConfigError(
+                f"aggregation.bound: the model has running statistics ({spec.name!r}), and in buffered rounds their bound must "
+                "follow from the model: delete it"
+            )
+
+
 def _require_disk(facilities: Facilities, manifest: Manifest, config: RunConfig) -> None:
     """A run needs its kept versions, the one being made, master weights, payloads, a round's updates, and what the server optimizer
     keeps, twice, at once."""
-    updates = config.cohort.size * config.cohort.over_selection
+    updates, versions = config.cohort.size * config.cohort.over_selection, config.keep.versions
+    if isinstance(config.rounds, BufferedConfig):
+        # What comes while a version is made, and the versions that clients are at work on.
+        updates += config.rounds.concurrency
+        versions += min(config.rounds.concurrency, config.rounds.max_staleness)
     if isinstance(config.aggregation, RobustConfig):
         updates *= 2  # as they came, and decoded side by side
     if config.average.decay > 0:  # one beside every version
-        updates += config.keep.versions + 2
+        updates += versions + 2
     state_bytes = sum(spec.num_bytes for spec in state_specs(server_optimizer(config, 1), manifest.specs))
     if isinstance(config.training.objective, ScaffoldConfig):  # as it is kept, and as it is sent
         state_bytes += 2 * sum(spec.num_bytes for spec in variate_specs(manifest.specs))
-    needed = int(manifest.raw_bytes * (config.keep.versions + 6 + updates)) + 2 * state_bytes
+    needed = int(manifest.raw_bytes * (versions + 6 + updates)) + 2 * state_bytes
     facilities.files.require_free(needed, f"run {config.name!r} (its versions and a round's updates)")

@@ -58,15 +58,15 @@ def decide(view: RoundView) -> Decision:
     if len(received) >= view.goal:
         return Decision(Verdict.CLOSE, f"goal reached: {count}")
     if len(received) + len(pending) < view.quorum:
-        return Decision(Verdict.FAIL, f"quorum of {view.quorum} out of reach: {count}, {_list_failures(failed)}")
+        return Decision(Verdict.FAIL, f"quorum of {view.quorum} out of reach: {count}, {list_failures(failed)}")
     if not pending:
-        return Decision(Verdict.CLOSE, f"nobody left to wait for: {count}, {_list_failures(failed)}")
+        return Decision(Verdict.CLOSE, f"nobody left to wait for: {count}, {list_failures(failed)}")
     if 0 < view.deadline_seconds <= view.elapsed_seconds:
-        late = f"{count} at the deadline of {view.deadline_seconds:g} s; missing: {_list_missing(pending)}"
+        late = f"{count} at the deadline of {view.deadline_seconds:g} s; missing: {list_missing(pending)}"
         return Decision(Verdict.CLOSE if len(received) >= view.quorum else Verdict.FAIL, late)
     if len(received) >= view.quorum and not any(m.is_alive for m in pending):
-        return Decision(Verdict.CLOSE, f"{count}, and the rest is gone: {_list_missing(pending)}")
-    return Decision(Verdict.WAIT, f"{count}; waiting for {_list_missing(pending)}")
+        return Decision(Verdict.CLOSE, f"{count}, and the rest is gone: {list_missing(pending)}")
+    return Decision(Verdict.WAIT, f"{count}; waiting for {list_missing(pending)}")
 
 
 def decide_evaluation(view: RoundView) -> Decision:
@@ -75,13 +75,15 @@ def decide_evaluation(view: RoundView) -> Decision:
     received = sum(m.state is AssignmentState.RECEIVED for m in view.members)
     count = f"evaluated by {received} of {len(view.members)}" if view.members else ""
     if not any(m.is_alive for m in pending):
-        return Decision(Verdict.CLOSE, count if not pending else f"{count}; gone: {_list_missing(pending)}")
+        return Decision(Verdict.CLOSE, count if not pending else f"{count}; gone: {list_missing(pending)}")
     if 0 < view.deadline_seconds <= view.elapsed_seconds:
-        return Decision(Verdict.CLOSE, f"{count} at the deadline; missing: {_list_missing(pending)}")
-    return Decision(Verdict.WAIT, f"{count}; waiting for {_list_missing(pending)}")
+        return Decision(Verdict.CLOSE, f"{count} at the deadline; missing: {list_missing(pending)}")
+    return Decision(Verdict.WAIT, f"{count}; waiting for {list_missing(pending)}")
 
 
-def _list_missing(members: Sequence[Member], most: int = 4) -> str:
+def list_missing(members: Sequence[Member], most: int = 4) -> str:
+    """Whom one waits for, and what each is doing."""
+
     def describe(member: Member) -> str:
         if not member.is_alive:
             return f"{member.name} (not heard of for {member.silent_seconds:.0f} s)"
@@ -90,7 +92,8 @@ def _list_missing(members: Sequence[Member], most: int = 4) -> str:
     return _cut([describe(m) for m in members], most)
 
 
-def _list_failures(members: Sequence[Member], most: int = 3) -> str:
+def list_failures(members: Sequence[Member], most: int = 3) -> str:
+    """Who failed, and why."""
     if not members:
         return "no failures"
     return "failed: " + _cut([f"{m.name} ({m.reason})" for m in members], most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from fed_core.errors import DiskFullError, FedstreamError
 from fed_core.payload.reader import PayloadReader
@@ -17,6 +18,7 @@ from fed_server.store.blobs import DataDirectory
 logger = logging.getLogger(__name__)
 
 MakeAggregate = Callable[[], Aggregator]
+OpenUpdate = Callable[[AssignmentRecord], AbstractContextManager[PayloadReader]]
 
 
 class Folding:
@@ -31,6 +33,7 @@ class Folding:
         self._queue: asyncio.Queue[tuple[int, AssignmentRecord]] = asyncio.Queue()
         self._opening = 0
         self._make: MakeAggregate | None = None
+        self._open: OpenUpdate = self._open_as_it_is
         self._aggregate: Aggregator | None = None
         self._folded: list[AssignmentRecord] = []
         # Those that there was no disk for, with what was said then.
@@ -39,9 +42,11 @@ class Folding:
         self.lost: list[tuple[AssignmentRecord, str]] = []
         """Updates that were stored and cannot be read any more, each with a sentence that says why."""
 
-    def begin(self, make: MakeAggregate) -> None:
-        """Opens a round; `make` makes an empty aggregate."""
+    def begin(self, make: MakeAggregate, open_update: OpenUpdate | None = None) -> None:
+        """Opens a round; `make` makes an empty aggregate, and `open_update` opens an update that is to be folded, where that is not
+        simply its file."""
         self._opening += 1
+        self._open = open_update or self._open_as_it_is
         self._make, self._aggregate, self._folded, self.lost, self._waiting = make, make(), [], [], []
 
     def end(self) -> None:
@@ -92,10 +97,13 @@ class Folding:
 
     def _fold(self, update: AssignmentRecord, aggregate: Aggregator) -> None:
         with (
-            PayloadReader(self._files.update_path(update.assignment_id)) as reader,
+            self._open(update) as reader,
             self._files.disk_errors("keeping the updates of a round side by side"),
         ):
             aggregate.add(reader, update.weight)
+
+    def _open_as_it_is(self, update: AssignmentRecord) -> PayloadReader:
+        return PayloadReader(self._files.update_path(update.assignment_id))
 
     async def damage(self, update: AssignmentRecord) -> str:
         """What is wrong with a stored update, empty where it verifies. For updates of before a start: the disk may have lost what

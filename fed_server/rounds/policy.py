@@ -10,7 +10,9 @@ from fed_core.codecs.registry import EncodingConfig
 from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
 from fed_server.aggregation.grid import GridPolicy, grid_policy
 from fed_server.aggregation.loss_weight import RECEIVED_LOSS, VALIDATION_LOSS, LossWeighting
+from fed_server.aggregation.staleness import ONE
 from fed_server.config import (
+    BufferedConfig,
     EpochsConfig,
     FedDynConfig,
     MeanConfig,
@@ -143,6 +145,8 @@ def uplink_encoding(config: RunConfig) -> EncodingConfig:
 
 def run_grid_policy(config: RunConfig) -> GridPolicy:
     """The grid policy of a run. Raises ConfigError where it would be too coarse."""
+    if isinstance(config.rounds, BufferedConfig):
+        return grid_policy(config.cohort.size, ONE, config.aggregation.bound)
     limit = num_selected(config.cohort.size, config.cohort.over_selection)
     return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fed_core.codecs.registry import CODECS_OF
 from fed_core.errors import DiskFullError, FedstreamError, InvalidError, NoLongerNeededError
 from fed_core.failpoints import failpoint
 from fed_core.payload.manifest import Manifest
+from fed_core.payload.reader import PayloadReader
 from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec, variate_specs
@@ -29,10 +30,13 @@ from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.loss_weight import RECEIVED_LOSS
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.normalized import Normalized
+from fed_server.aggregation.rebased import RebasedUpdate
 from fed_server.aggregation.registry import new_aggregator
+from fed_server.aggregation.staleness import ONE, staleness_weights
 from fed_server.aggregation.validate import Expected
 from fed_server.aggregation.variate import WithVariate, variate_grid
 from fed_server.config import (
+    BufferedConfig,
     DeltaDownlinkConfig,
     FedNovaConfig,
     LatticeDownlinkConfig,
@@ -45,7 +49,18 @@ from fed_server.optim.average import decay_at
 from fed_server.optim.schedule import Plateau
 from fed_server.optim.state import open_steps
 from fed_server.rounds.broadcast import VARIATE, WHOLE, Broadcasts
-from fed_server.rounds.cohort import Turns, broadcast_seed, client_seed
+from fed_server.rounds.buffered import (
+    BufferView,
+    Place,
+    decide_buffer,
+    first_opening,
+    place_of,
+    select_next,
+    staleness_metrics,
+    too_stale,
+    widest,
+)
+from fed_server.rounds.cohort import Candidates, Selection, Turns, broadcast_seed, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
 from fed_server.rounds.downlink import lattice_for
 from fed_server.rounds.folding import Folding
@@ -123,7 +138,13 @@ class LiveRun:
         """Who has sent an update, by name; kept where the population is limited."""
         self.reports: dict[str, SiteReport] = {}
         """What each site said with its last update, by name."""
+        self._buffered = config.rounds if isinstance(config.rounds, BufferedConfig) else None
+        self._staleness_weights = (
+            staleness_weights(self._buffered.staleness, self._buffered.max_staleness) if self._buffered else ()
+        )
         self._grid_policy: GridPolicy = run_grid_policy(config)
+        # That of the newest round.
+        self._grid: dict[str, int] = {}
         self._max_abs: tuple[int, dict[str, float]] | None = None
         self._sum_memory = SumMemory()
         self._moving = asyncio.Lock()
@@ -149,9 +170,11 @@ class LiveRun:
         return self.record.run_id
 
     @property
-    def wants_round(self) -> bool:
-        """Whether the run is between rounds."""
-        return self.record.state is RunState.ACTIVE and self.round is None
+    def wants_clients(self) -> bool:
+        """Whether the run would ask clients to train now: it is between rounds, or has too few at work for its buffers."""
+        if self.record.state is not RunState.ACTIVE:
+            return False
+        return self.round is None if self._buffered is None else self._num_wanted() > 0
 
     @property
     def next_round(self) -> int:
@@ -162,9 +185,20 @@ class LiveRun:
         """Those that clients should be working on."""
         return [a for a in self.assignments.values() if a.state is AssignmentState.OPEN]
 
+    def of_this_round(self) -> list[AssignmentRecord]:
+        """Those of the round that is going on: open ones, and those whose outcome is part of it."""
+        number = self.round.round if self.round is not None else 0
+        return [a for a in self.assignments.values() if a.state is AssignmentState.OPEN or a.outcome_round == number]
+
+    def seconds_left(self, assignment: AssignmentRecord) -> float:
+        """Seconds until the assignment is no longer waited for; -1 where there is no deadline."""
+        if self._buffered is None:
+            return self.deadline_seconds()
+        return self.config.schedule.deadline_seconds - (self.record.elapsed_seconds - assignment.asked_seconds)
+
     def deadline_seconds(self) -> float:
         """Seconds left of the round's present phase; -1 where there is no deadline."""
-        if self.round is None:
+        if self.round is None or self._buffered is not None:
             return -1.0
         phase = self.round.state
         limit = {
@@ -178,9 +212,15 @@ class LiveRun:
         return training_plan(self.config, assignment, self._plateau, self._surroundings.name_of(assignment.client_id))
 
     def expected(self, assignment: AssignmentRecord) -> Expected:
-        """What the assignment's update must be. Raises NoLongerNeededError when the round is over."""
-        if self.round is None or self.round.round != assignment.round or self.round.state is not RoundState.TRAINING:
+        """What the assignment's update must be. Raises NoLongerNeededError when the round is over, or the update would be too
+        stale."""
+        if self._buffered is not None:
+            if late := too_stale(self._place(assignment).staleness, self._buffered.max_staleness):
+                raise NoLongerNeededError(late)
+        elif self.round is None or self.round.round != assignment.round or self.round.state is not RoundState.TRAINING:
             raise NoLongerNeededError(f"round {assignment.round} of run {self.record.name} takes no more updates")
+        # Between buffers there is no round; and none of theirs has any of these.
+        weights, scale = (self.round.weights, self.round.loss_scale) if self.round is not None else ({}, 0.0)
         return Expected(
             assignment_id=assignment.assignment_id,
             run_id=self.run_id,
@@ -188,15 +228,15 @@ class LiveRun:
             model_version=assignment.model_version,
             base_digest=bytes.fromhex(self.models[assignment.model_version].payload_digest),
             specs=self.specs,
-            bounds=bounds_of(self.round.grid, self._grid_policy),
+            bounds=bounds_of(self._grid, self._grid_policy),
             codecs=CODECS_OF[self.config.uplink.kind],
             weighting=self.config.aggregation.weighting,
             max_weight=self._grid_policy.max_weight,
             importance=self.config.aggregation.importance.get(self._surroundings.name_of(assignment.client_id), 1),
             is_normalized=self._is_normalized,
-            least_work=self._least_work,
-            fixed_weight=self.round.weights.get(self._surroundings.name_of(assignment.client_id)),
-            loss_weighting=loss_weighting(self.config, self.round.loss_scale),
+            least_work=least_work(self.config, assignment.round, self._plateau),
+            fixed_weight=weights.get(self._surroundings.name_of(assignment.client_id)),
+            loss_weighting=loss_weighting(self.config, scale),
         )
 
     @property
@@ -231,10 +271,13 @@ class LiveRun:
             self.models |= {model.version: model for model in tx.models(self.run_id)}
             for record in tx.broadcasts(self.run_id):
                 self.broadcasts.remember(record)
-            rounds = tx.rounds(self.run_id)
-            if rounds and rounds[-1].state not in (RoundState.COMMITTED, RoundState.FAILED):
-                self.round = rounds[-1]
-                self.assignments = {a.assignment_id: a for a in tx.assignments(self.run_id, rounds[-1].round)}
+            first = 1
+            for last in tx.rounds(self.run_id, newest=1):
+                is_over = last.state in (RoundState.COMMITTED, RoundState.FAILED)
+                self.round = None if is_over else last
+                self._grid = last.grid
+                first = last.round + is_over
+            self.assignments = {a.assignment_id: a for a in tx.unsettled_assignments(self.run_id, first)}
             if population(self.config) is not None:
                 self._note_members(tx.assignments(self.run_id))
             if self.config.cohort.selection != "random":
@@ -254,13 +297,18 @@ class LiveRun:
                 return tuple(reader.specs)
 
         self.specs = await self._facilities.workers.disk(read_specs)
-        if self.round is not None and self.round.state in (RoundState.TRAINING, RoundState.AGGREGATING):
-            self._folding.begin(self._new_aggregate)
-            for assignment in self._received(AssignmentKind.TRAIN):
-                if damage := await self._folding.damage(assignment):
-                    await self._set_aside(assignment, damage)
-                else:
-                    self._folding.put(assignment)
+        is_filling = self.round is not None and self.round.state in (RoundState.TRAINING, RoundState.AGGREGATING)
+        if is_filling:
+            self._begin_folding()
+        of_round = self._received(AssignmentKind.TRAIN)
+        # Besides those of the round, some of a later buffer may have come.
+        for assignment in [a for a in self.assignments.values() if a.state is AssignmentState.RECEIVED]:
+            if assignment.kind is not AssignmentKind.TRAIN or (assignment in of_round and not is_filling):
+                continue
+            if damage := await self._folding.damage(assignment):
+                await self._set_aside(assignment, damage)
+            elif assignment in of_round:
+                self._folding.put(assignment)
 
     def _note_selected(self, assignments: Iterable[AssignmentRecord]) -> None:
         for assignment in assignments:
@@ -320,6 +368,8 @@ class LiveRun:
         if self.round is None:
             return await self._open_round()
         match self.round.state:
+            case RoundState.TRAINING if self._buffered is not None:
+                return await self._fill_buffer()
             case RoundState.TRAINING:
                 decision = decide(self._view(AssignmentKind.TRAIN, self.config.schedule.deadline_seconds))
                 self._say(decision.reason)
@@ -340,7 +390,7 @@ class LiveRun:
                 self._say(decision.reason or "evaluating at the coordinator")
                 if decision.verdict is Verdict.WAIT:
                     return self._patience()
-                await self._finish_evaluation(decision)
+                await (self._finish_evaluation if self._buffered is None else self._evaluate_beside_work)(decision)
                 return 0
             case _:
                 raise AssertionError(f"a finished round ({self.round.state}) is not driven")
@@ -351,25 +401,24 @@ class LiveRun:
 
     def _view(self, kind: AssignmentKind, deadline_seconds: float) -> RoundView:
         assert self.round is not None
-        membership, now = self._facilities.membership, self._facilities.clock.monotonic()
-
-        def member(a: AssignmentRecord) -> Member:
-            progress = membership.progress(a.assignment_id)
-            return Member(
-                name=self._surroundings.name_of(a.client_id),
-                state=a.state,
-                is_alive=membership.is_alive(a.client_id, now) or self._is_fresh(now),
-                silent_seconds=membership.silent_seconds(a.client_id, now),
-                doing=_doing(progress.phase, progress.done, progress.total) if progress else "",
-                reason=a.reason,
-            )
-
         return RoundView(
             elapsed_seconds=self.round.phase_seconds.get(self.round.state, 0.0),
             deadline_seconds=deadline_seconds,
             goal=self.round.goal,
             quorum=self.round.quorum,
-            members=[member(a) for a in self.assignments.values() if a.kind is kind],
+            members=[self._member(a) for a in self.assignments.values() if a.kind is kind],
+        )
+
+    def _member(self, assignment: AssignmentRecord) -> Member:
+        membership, now = self._facilities.membership, self._facilities.clock.monotonic()
+        progress = membership.progress(assignment.assignment_id)
+        return Member(
+            name=self._surroundings.name_of(assignment.client_id),
+            state=assignment.state,
+            is_alive=membership.is_alive(assignment.client_id, now) or self._is_fresh(now),
+            silent_seconds=membership.silent_seconds(assignment.client_id, now),
+            doing=_doing(progress.phase, progress.done, progress.total) if progress else "",
+            reason=assignment.reason,
         )
 
     def _is_fresh(self, now: float) -> bool:
@@ -426,6 +475,9 @@ class LiveRun:
         if self._max_abs is None or self._max_abs[0] != base.version:
             path = self._facilities.files.model_path(self.run_id, base.version)
             self._max_abs = (base.version, await self._facilities.workers.compute(largest_values, path))
+        if self._buffered is not None:
+            await self._open_buffer(number, base)
+            return 0
         selection = self._surroundings.select(self)
         if not selection.cohort:
             self._say(selection.reason)
@@ -463,7 +515,8 @@ class LiveRun:
             self.assignments = {a.assignment_id: a for a in assignments}
             self._note_selected(assignments)
             self._waited_seconds = 0.0
-            self._folding.begin(self._new_aggregate)
+            self._grid = opened.grid
+            self._begin_folding()
         logger.info(
             "round opened",
             extra={
@@ -478,7 +531,7 @@ class LiveRun:
         return 0
 
     def _new_assignment(
-        self, number: int, client_id: str, name: str, kind: AssignmentKind, version: int
+        self, number: int, client_id: str, name: str, kind: AssignmentKind, version: int, turn: int = 0
     ) -> AssignmentRecord:
         return AssignmentRecord(
             assignment_id=self._facilities.new_id(),
@@ -489,10 +542,12 @@ class LiveRun:
             state=AssignmentState.OPEN,
             model_version=version,
             created_time=self._facilities.clock.now(),
-            seed=client_seed(self.config.seed, number, name),
+            seed=client_seed(self.config.seed, number, name, turn),
             learning_rate=(
                 learning_rate(self.config, number, self._plateau, name) if kind is AssignmentKind.TRAIN else 0.0
             ),
+            turn=turn,
+            asked_seconds=self.record.elapsed_seconds,
         )
 
     async def _close(self, decision: Decision) -> None:
@@ -501,7 +556,10 @@ class LiveRun:
             if self.round is None:  # the run was cancelled meanwhile
                 return
             closed = replace(self.round, state=RoundState.AGGREGATING, reason=decision.reason)
-            dropped = self._dropped(f"round {closed.round} closed: {decision.reason}")
+            if self._buffered is None:
+                dropped = self._dropped(f"round {closed.round} closed: {decision.reason}")
+            else:
+                dropped = self._too_stale_for(closed.base_version + 1)
             await self._write(self.record, closed, dropped)
         self._surroundings.assignments_changed(dropped)
 
@@ -510,7 +568,7 @@ class LiveRun:
             if self.round is None:  # the run was cancelled meanwhile
                 return
             failed = replace(self.round, state=RoundState.FAILED, reason=decision.reason)
-            dropped = self._dropped(f"round {failed.round} failed: {decision.reason}")
+            dropped = [] if self._buffered else self._dropped(f"round {failed.round} failed: {decision.reason}")
             num_failed = self.record.num_failed_rounds + 1
             record = replace(
                 self.record, num_failed_rounds=num_failed, reason=f"round {failed.round} failed: {decision.reason}"
@@ -572,9 +630,7 @@ class LiveRun:
                 file_bytes=made.file_bytes,
                 created_time=self._facilities.clock.now(),
                 num_updates=aggregate.num_updates,
-                num_examples=sum(
-                    a.num_examples for a in self.assignments.values() if a.state is AssignmentState.RECEIVED
-                ),
+                num_examples=sum(a.num_examples for a in self._received(AssignmentKind.TRAIN)),
                 error=made.error,
                 gain=made.gain,
                 codecs=made.payload.codecs if self._sends_deltas else {},
@@ -707,7 +763,7 @@ class LiveRun:
             self.round,
             state=RoundState.COMMITTED if is_last_phase else RoundState.EVALUATING,
             model_version=model.version,
-            metrics=self._training_metrics(),
+            metrics=self._training_metrics() | self._staleness_metrics(),
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
         if is_last_phase:
@@ -795,7 +851,8 @@ class LiveRun:
                 self.record, best_version=best.version, best_metric=best.metric, num_without_gain=best.num_without_gain
             )
             record, finished = self._measured(record, finished)
-            dropped = self._dropped(f"evaluation of version {version} is over: {decision.reason}")
+            evaluating = [a for a in self.open_assignments() if a.kind is AssignmentKind.EVALUATE]
+            dropped = self._dropped(f"evaluation of version {version} is over: {decision.reason}", evaluating)
             await self._write(record, finished, dropped, [model])
             self.models[version] = model
             self._end_round()
@@ -821,9 +878,12 @@ class LiveRun:
         return metrics, ""
 
     async def _retire_versions(self) -> None:
-        """Deletes the files of versions beyond the last `keep.versions` and the best one, and payloads that lead nowhere any
-        more."""
-        keep = {*sorted(self.models)[-self.config.keep.versions :], self.record.model_version}
+        """Deletes the files of versions beyond the last `keep.versions`, the best one and those that work is based on, and payloads
+        that lead nowhere any more."""
+        # Clients of buffered rounds are at work on older versions, and their updates are folded as changes of these.
+        unfolded = (AssignmentState.OPEN, AssignmentState.RECEIVED) if self.record.state is RunState.ACTIVE else ()
+        in_use = {a.model_version for a in self.assignments.values() if a.state in unfolded}
+        keep = {*sorted(self.models)[-self.config.keep.versions :], self.record.model_version, *in_use}
         if self.record.best_metric is not None:
             keep.add(self.record.best_version)
         retired = [
@@ -831,7 +891,6 @@ class LiveRun:
             for model in self.models.values()
             if model.is_available and model.version not in keep
         ]
-        in_use = {a.model_version for a in self.open_assignments()}
         retired_broadcasts = self.broadcasts.retire(self.record.model_version, in_use)
         if retired or retired_broadcasts:
 
@@ -860,6 +919,8 @@ class LiveRun:
                 self._end_round()
         logger.info("run ended", extra={"run": self.record.name, "state": state.value, "reason": reason})
         self._surroundings.assignments_changed(dropped)
+        if self._buffered is not None:
+            await self._retire_versions()
         self.changed.notify()
 
     async def _fail_run(self, reason: str) -> None:
@@ -883,12 +944,18 @@ class LiveRun:
         first record. Raises NoLongerNeededError where the round takes no more."""
         async with self._moving:
             assignment = self.assignments.get(assignment_id)
-            if assignment is None or self.round is None:
+            if assignment is None or (self.round is None and self._buffered is None):
                 raise NoLongerNeededError("the round of this assignment is over")
             if assignment.state is AssignmentState.RECEIVED:
                 return assignment
-            if assignment.state is not AssignmentState.OPEN or self.round.state is not RoundState.TRAINING:
+            if assignment.state is not AssignmentState.OPEN or not self._takes_updates:
                 raise NoLongerNeededError(assignment.reason or f"round {assignment.round} takes no more updates")
+            place = Place(0, 0, 0)
+            if self._buffered is not None:
+                place = self._place(assignment)
+                if late := too_stale(place.staleness, self._buffered.max_staleness):
+                    raise NoLongerNeededError(late)
+                weight = self._staleness_weights[place.staleness]
             update = manifest.update
             assert update is not None
             received = replace(
@@ -907,11 +974,15 @@ class LiveRun:
                 error=update.error,
                 gain=update.gain,
                 codecs=manifest.codecs,
+                buffer=place.buffer,
+                position=place.position,
+                staleness=place.staleness,
             )
             failpoint("update-published")
             await self._write(self.record, None, [received])
             self._note_members([received])
-            self._folding.put(received)
+            if self.round is not None and received.outcome_round == self.round.round:
+                self._folding.put(received)
             self._note_report(received)
         self._surroundings.assignments_changed([received])
         return received
@@ -940,7 +1011,13 @@ class LiveRun:
             assignment = self.assignments.get(assignment_id)
             if assignment is None or assignment.state is not AssignmentState.OPEN:
                 return
-            failed = replace(assignment, state=AssignmentState.FAILED, reason=reason, traceback=traceback)
+            failed = replace(
+                assignment,
+                state=AssignmentState.FAILED,
+                reason=reason,
+                traceback=traceback,
+                buffer=self._present_buffer,
+            )
             await self._write(self.record, None, [failed])
         logger.warning(
             "client failed",
@@ -994,6 +1071,164 @@ class LiveRun:
                 assignment, **{name: getattr(assignment, name) + count for name, count in more.items()}
             )
 
+    # Buffered rounds
+
+    @property
+    def is_buffered(self) -> bool:
+        """Whether clients do not wait for each other."""
+        return self._buffered is not None
+
+    async def _open_buffer(self, number: int, base: ModelRecord) -> None:
+        assert self._max_abs is not None
+        opened = RoundRecord(
+            run_id=self.run_id,
+            round=number,
+            state=RoundState.TRAINING,
+            reason="the buffer is open",
+            base_version=base.version,
+            created_time=self._facilities.clock.now(),
+            goal=self.config.cohort.size,
+            quorum=self.config.cohort.quorum,
+            grid=widest(make_grid(self.specs, self._max_abs[1], self._grid_policy), self._grid),
+        )
+        await self._tick()
+        async with self._moving:
+            if not await self._write(replace(self.record, round=number, reason=opened.reason), opened):
+                return
+            self._waited_seconds = 0.0
+            self._grid = opened.grid
+            self._begin_folding()
+            for update in self._received(AssignmentKind.TRAIN):  # those that came while the last version was made
+                self._folding.put(update)
+        logger.info("buffer opened", extra={"run": self.record.name, "round": number, "base_version": base.version})
+
+    async def _fill_buffer(self) -> float:
+        await self._drop_late()
+        asking = await self._ask_clients()
+        if self.round is None:  # the run was cancelled meanwhile
+            return 0
+        decision = decide_buffer(
+            BufferView(
+                goal=self.round.goal,
+                quorum=self.round.quorum,
+                staleness=[a.staleness for a in self._received(AssignmentKind.TRAIN)],
+                at_work=[self._member(a) for a in self.open_assignments()],
+                failed=[self._member(a) for a in self._failed_in(self.round.round)],
+                asking=asking,
+            )
+        )
+        self._say(decision.reason)
+        if decision.verdict is Verdict.WAIT:
+            return self._patience()
+        await (self._close if decision.verdict is Verdict.CLOSE else self._fail_round)(decision)
+        return 0
+
+    async def _evaluate_beside_work(self, decision: Decision) -> None:
+        """Evaluates while clients are asked to train from the version that is evaluated."""
+        evaluation = asyncio.create_task(self._finish_evaluation(decision))
+        evaluation.add_done_callback(lambda _: self.changed.notify())
+        try:
+            while not evaluation.done():
+                seen = self.changed.count
+                await self._drop_late()
+                await self._ask_clients()
+                if not evaluation.done():
+                    await self.changed.wait(seen, 1.0)
+        finally:
+            evaluation.cancel()
+        await evaluation
+
+    async def _drop_late(self) -> None:
+        """Gives up those who are over their deadline."""
+        limit = self.config.schedule.deadline_seconds
+        async with self._moving:
+            late = [a for a in self.open_assignments() if self.seconds_left(a) <= 0]
+            dropped = self._dropped(f"no update within the deadline of {limit:g} s", late)
+            if dropped:
+                await self._write(self.record, None, dropped)
+        self._surroundings.assignments_changed(dropped)
+
+    async def _ask_clients(self) -> Selection:
+        """Has enough clients at work, those who are asked now with the newest version."""
+        if self._num_wanted() <= 0:
+            return Selection((), "enough clients are at work")
+        selection = self._surroundings.select(self)
+        if not selection.cohort:
+            return selection
+        ids = self._surroundings.client_ids(selection.cohort)
+        async with self._moving:
+            if self.round is None:  # the run was cancelled meanwhile
+                return selection
+            number, version = self.round.round, self.record.model_version
+            asked = self._times_asked(number)
+            assignments = [
+                self._new_assignment(number, ids[name], name, AssignmentKind.TRAIN, version, asked.get(name, 0))
+                for name in selection.cohort
+            ]
+            if not await self._write(self.record, None, assignments):
+                return selection
+            self.assignments |= {a.assignment_id: a for a in assignments}
+            self._note_selected(assignments)
+        self._surroundings.assignments_changed(assignments)
+        return selection
+
+    def choose_next(self, candidates: Candidates, *, is_settling: bool) -> Selection:
+        """Whom to ask now so that enough are at work."""
+        number, cohort, name_of = self.record.round, self.config.cohort, self._surroundings.name_of
+        return select_next(
+            candidates,
+            seed=self.config.seed,
+            round=number,
+            count=self._num_wanted(),
+            min_clients=cohort.min_clients,
+            is_settling=is_settling,
+            selection=cohort.selection,
+            turns=self.turns,
+            at_work={name_of(a.client_id) for a in self.open_assignments()},
+            asked=self._times_asked(number),
+            failed={name_of(a.client_id) for a in self._failed_in(number)},
+        )
+
+    def _num_wanted(self) -> int:
+        """How many more clients should be at work. None where a version is about to be made: they would begin with an old one."""
+        if self._buffered is None or self.round is None or self.round.state is RoundState.AGGREGATING:
+            return 0
+        if self.round.state is RoundState.TRAINING and len(self._received(AssignmentKind.TRAIN)) >= self.round.goal:
+            return 0
+        return self._buffered.concurrency - sum(self._member(a).is_alive for a in self.open_assignments())
+
+    def _times_asked(self, number: int) -> dict[str, int]:
+        asked = [self._surroundings.name_of(a.client_id) for a in self.assignments.values() if a.round == number]
+        return {name: asked.count(name) for name in asked}
+
+    def _failed_in(self, number: int) -> list[AssignmentRecord]:
+        failed = (AssignmentState.FAILED, AssignmentState.DROPPED)
+        return [a for a in self.assignments.values() if a.state in failed and a.outcome_round == number]
+
+    @property
+    def _present_buffer(self) -> int:
+        """In whose time work that ends now came to nothing; 0 where rounds are synchronous and it is its own round's."""
+        return 0 if self._buffered is None else self.record.round
+
+    def _place(self, assignment: AssignmentRecord) -> Place:
+        """Where the assignment's update would fall now."""
+        updates = [a.buffer for a in self.assignments.values() if a.state is AssignmentState.RECEIVED]
+        return place_of(
+            assignment.model_version,
+            first_opening(self.round, self.next_round, self.record.model_version),
+            {number: updates.count(number) for number in updates},
+            self.config.cohort.size,
+        )
+
+    def _too_stale_for(self, version: int) -> list[AssignmentRecord]:
+        """The open assignments whose updates cannot count any more when they are to be added to this version, dropped."""
+        assert self._buffered is not None
+        dropped = []
+        for assignment in self.open_assignments():
+            if late := too_stale(version - assignment.model_version, self._buffered.max_staleness):
+                dropped += self._dropped(late, [assignment])
+        return dropped
+
     # Within a move
 
     async def _write(
@@ -1035,15 +1270,51 @@ class LiveRun:
         self.changed.notify()
         return True
 
-    def _dropped(self, reason: str) -> list[AssignmentRecord]:
-        return [replace(a, state=AssignmentState.DROPPED, reason=reason) for a in self.open_assignments()]
+    @property
+    def _takes_updates(self) -> bool:
+        """Whether there is a buffer for an update, or a round that waits for it."""
+        return self._buffered is not None or (self.round is not None and self.round.state is RoundState.TRAINING)
+
+    def _dropped(self, reason: str, which: Iterable[AssignmentRecord] | None = None) -> list[AssignmentRecord]:
+        """All that are open, or some of them, as they are when they are dropped."""
+        return [
+            replace(a, state=AssignmentState.DROPPED, reason=reason, buffer=self._present_buffer)
+            for a in (self.open_assignments() if which is None else which)
+        ]
 
     def _end_round(self) -> None:
-        for assignment_id in self.assignments:
+        assert self.round is not None
+        number = self.round.round
+        stays = {
+            a.assignment_id: a
+            for a in self.assignments.values()
+            if a.state is AssignmentState.OPEN or a.outcome_round > number
+        }
+        for assignment_id in self.assignments.keys() - stays.keys():
             self._facilities.membership.forget(assignment_id)
         self._folding.end()
-        self._fetched.clear()
-        self.round, self.assignments = None, {}
+        self._fetched = {(assignment_id, digest) for assignment_id, digest in self._fetched if assignment_id in stays}
+        self.round, self.assignments = None, stays
+
+    def _begin_folding(self) -> None:
+        self._folding.begin(self._new_aggregate, None if self._buffered is None else self._open_rebased)
+
+    @contextmanager
+    def _open_rebased(self, update: AssignmentRecord) -> Iterator[PayloadReader]:
+        """An update as one of the version that the open buffer is added to."""
+        assert self.round is not None
+        files, newest = self._facilities.files, self.round.base_version
+        path = files.update_path(update.assignment_id)
+        if update.model_version == newest:
+            with PayloadReader(path) as reader:
+                yield reader
+            return
+        with (
+            SafetensorsReader(files.model_path(self.run_id, update.model_version)) as began_with,
+            SafetensorsReader(files.model_path(self.run_id, newest)) as added_to,
+            RebasedUpdate(path, began_with, added_to) as reader,
+        ):
+            yield reader
 
     def _new_aggregate(self) -> Aggregator:
         assert self.round is not None
@@ -1057,6 +1328,7 @@ class LiveRun:
             scratch_folder,
             self._sum_memory,
             loss_weighting=loss_weighting(self.config, self.round.loss_scale),
+            divisor=None if self._buffered is None else self.config.cohort.size * ONE,
             learning_rate=self.config.training.optimizer.learning_rate,
         )
         aggregator = new_aggregator(setting, aggregation)
@@ -1072,11 +1344,22 @@ class LiveRun:
         received = self._received(AssignmentKind.TRAIN)
         return {f"train.{name}": value for name, value in mean_metrics(received).items()}
 
+    def _staleness_metrics(self) -> Metrics:
+        if self._buffered is None:
+            return {}
+        return staleness_metrics([a.staleness for a in self._received(AssignmentKind.TRAIN)])
+
     def _evaluation_metrics(self) -> Metrics:
         return mean_metrics(self._received(AssignmentKind.EVALUATE))
 
     def _received(self, kind: AssignmentKind) -> list[AssignmentRecord]:
-        received = [a for a in self.assignments.values() if a.kind is kind and a.state is AssignmentState.RECEIVED]
+        """What is part of the round."""
+        number = self.round.round if self.round is not None else 0
+        received = [
+            a
+            for a in self.assignments.values()
+            if a.kind is kind and a.state is AssignmentState.RECEIVED and a.outcome_round == number
+        ]
         return sorted(received, key=lambda a: self._surroundings.name_of(a.client_id))
 
 

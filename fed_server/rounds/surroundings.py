@@ -46,7 +46,7 @@ class Surroundings(Protocol):
     files_lock: asyncio.Lock
 
     def select(self, run: LiveRun) -> Selection:
-        """The cohort of the run's next round, in turn with the other runs."""
+        """The cohort of the run's next round, or whom a buffered run asks next, in turn with the other runs."""
         ...
 
     def client_ids(self, names: Iterable[str]) -> dict[str, str]:

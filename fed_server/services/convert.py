@@ -163,6 +163,8 @@ def _client_to_proto(
         has_diverged=a.has_diverged,
         learning_rate=a.learning_rate,
         selection_chance=round.chances.get(coordinator.name_of(a.client_id), 0.0) if is_training else 0.0,
+        model_version=a.model_version,
+        staleness=a.staleness,
     )
 
 

@@ -142,7 +142,7 @@ class ParticipationService(participation_pb2_grpc.ParticipationServicer):
                 payloads=[broadcast_to_proto(step) for step in way],
             ),
             plan=run.plan(assignment).to_proto(),
-            deadline_seconds=max(0.0, run.deadline_seconds()),
+            deadline_seconds=max(0.0, run.seconds_left(assignment)),
             uplink=uplink_encoding(run.config).model_dump_json() if assignment.kind is AssignmentKind.TRAIN else "",
             variate=broadcast_to_proto(variate) if variate is not None else None,
         )

@@ -265,8 +265,6 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             known = self._membership.progress(assignment_id)
             if known is not None:
                 progress[assignment_id] = known
-        message = round_to_proto(
-            live.round, live.assignments.values(), self._coordinator, progress, live.deadline_seconds()
-        )
+        message = round_to_proto(live.round, live.of_this_round(), self._coordinator, progress, live.deadline_seconds())
         message.reason = live.reason
         return message

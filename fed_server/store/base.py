@@ -131,7 +131,10 @@ class RoundRecord:
 @dataclass(frozen=True)
 class AssignmentRecord:
     """A piece of work for one client and, once received, the update or evaluation that came of it. Key: assignment_id;
-    (run_id, round, client_id, kind) is unique."""
+    (run_id, round, client_id, kind, turn) is unique.
+
+    Where rounds are buffered, `round` is the one in which the client was asked, and `buffer`, `position` and `staleness` are the
+    journal: written with the receipt, they say which version an update is part of, and as what."""
 
     assignment_id: str
     run_id: str
@@ -167,6 +170,21 @@ class AssignmentRecord:
     # Codec -> number of the update's tensors in it.
     codecs: dict[str, int] = field(default_factory=dict)
     has_diverged: bool = False
+    # How often the client had been asked before in the same round; only buffered rounds ask again.
+    turn: int = 0
+    # Seconds of uptime that the run had been active when the client was asked.
+    asked_seconds: float = 0.0
+    # Round whose buffer the update is in, or in whose time the work failed or was dropped; 0 while open, and where it is `round`.
+    buffer: int = 0
+    # Updates that were in the buffer before.
+    position: int = 0
+    # Versions that were committed between the one that the work began with and the one that the update is added to.
+    staleness: int = 0
+
+    @property
+    def outcome_round(self) -> int:
+        """The round that its outcome is part of; while it is open, the one in which the client was asked."""
+        return self.buffer or self.round
 
 
 @dataclass(frozen=True)
@@ -249,7 +267,12 @@ class Transaction(Protocol):
 
     def assignment(self, assignment_id: str) -> AssignmentRecord | None: ...
     def assignments(self, run_id: str, round: int | None = None) -> list[AssignmentRecord]:
-        """In the order of (round, kind, client_id)."""
+        """All of a run, or those whose outcome is part of the round. In the order of (round, kind, client_id)."""
+        ...
+
+    def unsettled_assignments(self, run_id: str, round: int) -> list[AssignmentRecord]:
+        """Those that are open, and those whose outcome is part of this round or a later one. In the order of (round, kind,
+        client_id)."""
         ...
 
     def participations(self, run_id: str) -> list[Participation]:

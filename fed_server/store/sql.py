@@ -179,6 +179,12 @@ class SqlTransaction:
         )
         return [Participation(*row) for row in found]
 
+    def unsettled_assignments(self, run_id: str, round: int) -> list[AssignmentRecord]:
+        """See `Transaction.unsettled_assignments`."""
+        return self._all(
+            AssignmentRecord, _UNSETTLED_ASSIGNMENTS, run_id=run_id, round=round, state=AssignmentState.OPEN
+        )
+
     def open_assignments(self, client_id: str | None = None) -> list[AssignmentRecord]:
         """See `Transaction.open_assignments`."""
         if client_id is None:
@@ -247,8 +253,23 @@ _NEWEST_ROUNDS = (
     .limit(bindparam("newest"))
 )
 _ASSIGNMENT = _where(assignments, "assignment_id")
-_ASSIGNMENTS_OF_RUN = _where(assignments, "run_id", order=("round", "kind", "client_id"))
-_ASSIGNMENTS_OF_ROUND = _where(assignments, "run_id", "round", order=("kind", "client_id"))
+_ASSIGNMENTS_OF_RUN = _where(assignments, "run_id", order=("round", "kind", "client_id", "turn"))
+_ASSIGNMENTS_OF_ROUND = _ASSIGNMENTS_OF_RUN.where(
+    sa.or_(
+        assignments.c.buffer == bindparam("round"),
+        sa.and_(assignments.c.buffer == 0, assignments.c.round == bindparam("round")),
+    )
+)
+# An outcome is part of no round before the one in which the client was asked.
+_UNSETTLED_ASSIGNMENTS = _ASSIGNMENTS_OF_RUN.where(
+    sa.or_(
+        assignments.c.state == bindparam("state"),
+        assignments.c.buffer >= bindparam("round"),
+        assignments.c.round >= bindparam("round"),
+    )
+)
+# That of an update which came early is yet to open.
+_OUTCOME_ROUND = sa.case((assignments.c.buffer > 0, assignments.c.buffer), else_=assignments.c.round)
 _PARTICIPATIONS = (
     select(
         assignments.c.client_id,
@@ -266,7 +287,7 @@ _PARTICIPATIONS = (
         ),
         sa.func.max(assignments.c.round),
     )
-    .join(rounds, sa.and_(rounds.c.run_id == assignments.c.run_id, rounds.c.round == assignments.c.round))
+    .outerjoin(rounds, sa.and_(rounds.c.run_id == assignments.c.run_id, rounds.c.round == _OUTCOME_ROUND))
     .where(assignments.c.run_id == bindparam("run_id"), assignments.c.kind == bindparam("kind"))
     .group_by(assignments.c.client_id)
     .order_by(assignments.c.client_id)

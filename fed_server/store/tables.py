@@ -132,8 +132,8 @@ assignments: Final = _table(
     "assignments",
     AssignmentRecord,
     ["assignment_id"],
-    unique=[["run_id", "round", "client_id", "kind"]],
-    indexes=[["state", "client_id"]],
+    unique=[["run_id", "round", "client_id", "kind", "turn"]],
+    indexes=[["state", "client_id"], ["run_id", "buffer"]],
     parents=[(rounds, ["run_id", "round"]), (clients, ["client_id"])],
 )
 models: Final = _table("models", ModelRecord, ["run_id", "version"], parents=[(runs, ["run_id"])])

@@ -199,6 +199,13 @@ EVERY_OPTION += [
 ]
 
 
+BUFFERED = 'aggregation.weighting = "uniform"\naggregation.kind = "mean"\nevaluation.at = "none"\n'
+EVERY_OPTION += [
+    f'{MINIMAL}{BUFFERED}rounds = {{ kind = "buffered", concurrency = 9, max_staleness = 3, staleness = {staleness} }}\n'
+    for staleness in ('{ kind = "constant" }', '{ kind = "polynomial", exponent = 1.5 }')
+]
+
+
 def test_the_example_is_a_config_with_every_default() -> None:
     assert parse_run_config(example_config()) == parse_run_config(MINIMAL)
 
@@ -207,7 +214,7 @@ def test_the_example_shows_every_option_of_the_default_kinds() -> None:
     example = example_config()
     for path, kind, field in option_paths():
         if (
-            kind in ("", "epochs", "sgd", "mean", "auto", "lattice")
+            kind in ("", "epochs", "sgd", "mean", "auto", "lattice", "synchronous")
             and not union_members(field)
             and not re.search(r"merge\.|encoding\.", path)
         ):
@@ -297,6 +304,55 @@ def test_a_draw_by_importance_is_for_a_mean_whose_weights_are_known_before() -> 
         parse_run_config(MINIMAL + text)
     with pytest.raises(ConfigError, match=r'cohort\.equal_part: has no effect without selection = "importance"'):
         parse_run_config(MINIMAL + "cohort.equal_part = 0.5")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            'aggregation = { kind = "median", num_byzantine = 1 }',
+            r"aggregation.kind: median combines updates of one version",
+        ),
+        (
+            'aggregation = { kind = "mean" }',
+            r'aggregation.weighting: expected "uniform" in buffered rounds, got "examples"; .* set',
+        ),
+        (
+            'aggregation = { kind = "mean", weighting = "uniform", importance = { north = 2 } }',
+            r"aggregation.importance: has no effect in buffered rounds, .*; delete it",
+        ),
+        ('training.objective = { kind = "fednova" }', r"training.objective: fednova takes it that .*; take \"plain\""),
+        ("cohort.over_selection = 1.5", r"cohort.over_selection: has no effect in buffered rounds, .*; delete it"),
+        ('cohort.selection = "importance"', r'cohort.selection: "importance" gives updates weights .*; take "random"'),
+        (
+            'evaluation.at = "clients"',
+            r'evaluation.at: expected "coordinator" or "none" in buffered rounds, got "clients"; .* set',
+        ),
+        ("stop.target = 0.5", r'stop.target: needs a measured metric, .* set evaluation.at to "coordinator"'),
+        ("cohort.size = 2049", r"cohort.size: expected at most 2048 in buffered rounds, got 2049; .* lower it"),
+    ],
+)
+def test_what_buffered_rounds_cannot_do_is_refused_with_the_cure(line: str, says: str) -> None:
+    lines = {
+        "cohort.size": "cohort.size = 3",
+        "schedule.max_rounds": "schedule.max_rounds = 10",
+        "aggregation": 'aggregation = { kind = "mean", weighting = "uniform" }',
+        "evaluation.at": 'evaluation.at = "none"',
+        "rounds": 'rounds = { kind = "buffered", concurrency = 9 }',
+    }
+    base = 'name = "digits"\nworkload = "digits"\n'
+    parse_run_config(base + "\n".join(lines.values()))
+    with pytest.raises(ConfigError, match=says):
+        parse_run_config(base + "\n".join((lines | {line.partition(" = ")[0]: line}).values()))
+
+
+def test_buffers_may_be_larger_than_the_clients_that_must_be_there() -> None:
+    text = f"{MINIMAL}{BUFFERED}cohort.min_clients = 1\n"
+    parse_run_config(text + 'rounds = { kind = "buffered", concurrency = 1 }')
+    with pytest.raises(
+        ConfigError, match=r"cohort.min_clients: expected at least quorum \(2\), got 1; a round would begin"
+    ):
+        parse_run_config(text)
 
 
 def test_quorum_and_min_clients_follow_from_the_size() -> None:

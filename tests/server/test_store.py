@@ -135,6 +135,11 @@ ASSIGNMENT = AssignmentRecord(
     gain=0.96,
     codecs={"lrq": 2, "raw": 1},
     has_diverged=True,
+    turn=2,
+    asked_seconds=2.5,
+    buffer=1,
+    position=3,
+    staleness=4,
 )
 MODEL = ModelRecord(
     run_id="r1",
@@ -283,13 +288,18 @@ def test_participations_count_who_was_asked_and_whose_updates_are_in_a_version(s
         ("c1", 3, AssignmentKind.TRAIN, AssignmentState.DROPPED),
     ]
     assigned = [
-        replace(ASSIGNMENT, assignment_id=f"a{n}", client_id=client, round=round, kind=kind, state=state)
+        replace(ASSIGNMENT, assignment_id=f"a{n}", client_id=client, round=round, kind=kind, state=state, buffer=0)
         for n, (client, round, kind, state) in enumerate(work)
     ]
+    early = replace(
+        ASSIGNMENT, assignment_id="early", client_id="c0", round=3, buffer=4, state=AssignmentState.RECEIVED
+    )
     with store.transaction() as tx:
-        for record in (CLIENT, other, RUN, *rounds, *assigned):
+        for record in (CLIENT, other, RUN, *rounds, *assigned, early):
             tx.put(record)
-        assert tx.participations("r1") == [Participation("c0", 1, 0, 2), Participation("c1", 3, 1, 3)]
+        assert tx.participations("r1") == [Participation("c0", 2, 0, 3), Participation("c1", 3, 1, 3)]
+        tx.put(replace(ROUND, round=4))
+        assert tx.participations("r1") == [Participation("c0", 2, 1, 3), Participation("c1", 3, 1, 3)]
         assert tx.participations("r2") == []
 
 
@@ -383,10 +393,10 @@ def test_lists_come_in_their_order(store: Store) -> None:
 
 
 def test_assignments_are_found_by_round_and_open_ones_by_client(store: Store) -> None:
-    late = assignment("a", created_time=99.0)
-    done = assignment("b", kind=AssignmentKind.EVALUATE, state=AssignmentState.RECEIVED)
-    other = assignment("c", client_id="c0")
-    second = assignment("d", round=2, created_time=1.0)
+    late = assignment("a", created_time=99.0, buffer=0)
+    done = assignment("b", kind=AssignmentKind.EVALUATE, state=AssignmentState.RECEIVED, buffer=0)
+    other = assignment("c", client_id="c0", buffer=0)
+    second = assignment("d", round=2, created_time=1.0, buffer=0)
     put(store, *(replace(CLIENT, client_id=c, name=c, enroll_request_id=c) for c in ("c0", "c1")), RUN)
     put(store, ROUND, replace(ROUND, round=2), second, late, done, other)
     with store.transaction() as tx:
@@ -395,6 +405,25 @@ def test_assignments_are_found_by_round_and_open_ones_by_client(store: Store) ->
         assert tx.open_assignments() == [second, other, late]
         assert tx.open_assignments("c1") == [second, late]
         assert tx.open_assignments("c0") == [other]
+
+
+def test_an_outcome_is_found_in_the_round_whose_buffer_it_is_in(store: Store) -> None:
+    at_once, early = (assignment(name, turn=n, state=AssignmentState.RECEIVED) for n, name in enumerate("ab"))
+    early = replace(early, buffer=3)  # of a round that is yet to open
+    again, failed = assignment("c", turn=2, buffer=0), assignment("d", turn=3, buffer=2, state=AssignmentState.FAILED)
+    next_round = assignment("e", round=2, buffer=2, state=AssignmentState.RECEIVED)
+    put(store, CLIENT, RUN, ROUND, replace(ROUND, round=2), at_once, early, again, failed, next_round)
+    with store.transaction() as tx:
+        assert tx.assignments("r1") == [at_once, early, again, failed, next_round]
+        assert [tx.assignments("r1", number) for number in (1, 2, 3)] == [
+            [at_once, again],
+            [failed, next_round],
+            [early],
+        ]
+        assert tx.unsettled_assignments("r1", 1) == [at_once, early, again, failed, next_round]
+        assert tx.unsettled_assignments("r1", 2) == [early, again, failed, next_round]
+        assert tx.unsettled_assignments("r1", 4) == [again]
+        assert [a.outcome_round for a in (at_once, early, again)] == [1, 3, 1]
 
 
 def test_another_thread_may_use_the_store_after_the_one_that_opened_it(store: Store) -> None:

@@ -430,6 +430,8 @@ class RoundClient(_message.Message):
     HAS_DIVERGED_FIELD_NUMBER: _builtins.int
     SELECTION_CHANCE_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Assignment that it got."""
     client_id: _builtins.str
@@ -470,6 +472,10 @@ class RoundClient(_message.Message):
     """
     learning_rate: _builtins.float
     """Learning rate that it was told to train with; 0 for an evaluation, and where it was not written down."""
+    model_version: _builtins.int
+    """Version that it works on."""
+    staleness: _builtins.int
+    """Versions that were committed while it worked, when its update was counted: in buffered rounds more than 0 where it was late."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
         """Its metrics: training metrics for a training assignment, evaluation metrics for an evaluation."""
@@ -512,10 +518,12 @@ class RoundClient(_message.Message):
         has_diverged: _builtins.bool = ...,
         selection_chance: _builtins.float = ...,
         learning_rate: _builtins.float = ...,
+        model_version: _builtins.int = ...,
+        staleness: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "fidelity", b"fidelity", "uplink", b"uplink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "assignment_kind", b"assignment_kind", "client_id", b"client_id", "client_name", b"client_name", "done", b"done", "downlink", b"downlink", "eta_seconds", b"eta_seconds", "fidelity", b"fidelity", "has_diverged", b"has_diverged", "is_alive", b"is_alive", "is_partial", b"is_partial", "learning_rate", b"learning_rate", "metrics", b"metrics", "num_examples", b"num_examples", "num_steps", b"num_steps", "phase", b"phase", "reason", b"reason", "selection_chance", b"selection_chance", "state", b"state", "total", b"total", "training_seconds", b"training_seconds", "uplink", b"uplink", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "assignment_kind", b"assignment_kind", "client_id", b"client_id", "client_name", b"client_name", "done", b"done", "downlink", b"downlink", "eta_seconds", b"eta_seconds", "fidelity", b"fidelity", "has_diverged", b"has_diverged", "is_alive", b"is_alive", "is_partial", b"is_partial", "learning_rate", b"learning_rate", "metrics", b"metrics", "model_version", b"model_version", "num_examples", b"num_examples", "num_steps", b"num_steps", "phase", b"phase", "reason", b"reason", "selection_chance", b"selection_chance", "staleness", b"staleness", "state", b"state", "total", b"total", "training_seconds", b"training_seconds", "uplink", b"uplink", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
