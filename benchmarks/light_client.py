@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -244,8 +245,9 @@ class LightClient:
             offset=offset,
         )
 
-        def frames() -> Iterator[bytes]:
+        def frames(calls: SimpleQueue[grpc.Call]) -> Iterator[bytes]:
             yield transfer_pb2.UploadRequest(header=header).SerializeToString()
+            calls.get().initial_metadata()  # when it is our turn
             view, end = memoryview(update.data), len(update.data) if until is None else until
             for start, length in update.chunks(offset):
                 if start < end:
@@ -253,7 +255,10 @@ class LightClient:
 
         while True:
             try:
-                return self._upload(frames(), metadata=self._metadata, timeout=300).receipt
+                calls: SimpleQueue[grpc.Call] = SimpleQueue()
+                call = self._upload.future(frames(calls), metadata=self._metadata, timeout=300)
+                calls.put(call)
+                return call.result().receipt
             except grpc.RpcError as error:
                 ours = from_rpc_error(error)
                 if not (retry and isinstance(ours, BusyError | UnavailableError)):

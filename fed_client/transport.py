@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -160,6 +161,7 @@ class Transport:
         source = _Source(header.SerializeToString(), path, manifest, offset, on_progress)
         with self._named_errors():
             call = self._upload.future(iter(source), metadata=self._metadata())
+        source.begin(call)
 
         dropped_at: float | None = None
 
@@ -242,8 +244,8 @@ class Transport:
 
 
 class _Source:
-    """What an upload sends: the header, then the file in chunks. Iterated by a thread of gRPC's, which takes a chunk when the
-    one before has gone into the line's window: taking is moving."""
+    """What an upload sends: the header, then, when it is its turn, the file in chunks. Iterated by a thread of gRPC's, which takes
+    a chunk when the one before has gone into the line's window: taking is moving."""
 
     def __init__(self, header: bytes, path: Path, manifest: Manifest, offset: int, on_progress: Progress) -> None:
         self._header = header
@@ -254,9 +256,16 @@ class _Source:
         self.moved_at = time.monotonic()
         self.is_sent = offset == manifest.total_bytes
         self.error: Exception | None = None
+        self._call: SimpleQueue[grpc.Call] = SimpleQueue()
+
+    def begin(self, call: grpc.Call) -> None:
+        """Says which call this is the source of, for it is asked before it can know."""
+        self._call.put(call)
 
     def __iter__(self) -> Iterator[bytes]:
         yield self._header
+        self._call.get().initial_metadata()  # comes when it is our turn, or with the end of the call
+        self.moved_at = time.monotonic()
         try:
             yield from self._chunks()
         except (OSError, EOFError) as error:

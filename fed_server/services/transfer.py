@@ -188,6 +188,8 @@ class TransferService:
                 header.payload.total_bytes,
                 largest_upload(run.record.model_bytes),
             )
+            # The client has waited for this: chunks that came before would fill gRPC's buffers, a MiB for everyone who waits.
+            await context.send_initial_metadata(())
             is_at_rest = False
             try:
                 await self._workers.disk(upload.open, header.offset)

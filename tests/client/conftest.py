@@ -64,6 +64,11 @@ class FakeCoordinator(participation_pb2_grpc.ParticipationServicer, transfer_pb2
     # Positions of bytes that are flipped on the way down, so many times each.
     flips: dict[int, int] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
+    # Uploads wait until it is set.
+    turn: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.turn.set()
 
     def _enter(self, method: str, request: Any, context: Any) -> None:
         self.calls[method].append(request)
@@ -147,6 +152,8 @@ class FakeCoordinator(participation_pb2_grpc.ParticipationServicer, transfer_pb2
     def Upload(self, requests: Iterator[Any], context: Any) -> Any:
         header = next(requests).header
         self._enter("Upload", header, context)
+        self.turn.wait()
+        context.send_initial_metadata(())
         self.offsets.append(header.offset)
         received = self.received.setdefault(header.assignment_id, bytearray())
         assert header.offset == len(received)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,39 @@ def test_an_update_arrives_as_it_lies_in_the_spool(
     assert coordinator.received["a1"] == spooled.path.read_bytes()
     assert seen[-1] == (spooled.total_bytes, spooled.total_bytes)
     assert seen == sorted(seen)
+
+
+def test_nothing_but_the_header_is_sent_before_its_turn(
+    coordinator: FakeCoordinator, transport: Transport, spooled: SpooledUpdate
+) -> None:
+    seen: list[tuple[int, int]] = []
+    coordinator.turn.clear()
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(deliver, transport, spooled, Stop(), lambda *done: seen.append(done), LOG)
+        while not coordinator.calls["Upload"]:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not seen
+        coordinator.turn.set()
+        assert sending.result(30).digest == spooled.digest
+    assert coordinator.received["a1"] == spooled.path.read_bytes()
+
+
+def test_an_upload_that_is_stopped_before_its_turn_ends(
+    coordinator: FakeCoordinator, transport: Transport, spooled: SpooledUpdate
+) -> None:
+    stop = Stop()
+    coordinator.turn.clear()
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(deliver, transport, spooled, stop, _ignore, LOG)
+        while not coordinator.calls["Upload"]:
+            time.sleep(0.01)
+        stop.set("no longer wanted")
+        try:
+            with pytest.raises(StoppedError):
+                sending.result(10)
+        finally:
+            coordinator.turn.set()
 
 
 def test_an_update_that_is_durable_already_is_not_sent_again(

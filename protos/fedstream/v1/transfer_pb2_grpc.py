@@ -74,7 +74,8 @@ class TransferServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Sends an update: one header, then chunks in order from the header's offset. Returns when the update is verified and
+        """Sends an update: one header, then chunks in order from the header's offset. The coordinator sends its initial metadata
+        when it is this upload's turn; a client waits for them before its first chunk. Returns when the update is verified and
         durable; a repeat of a finished upload gets the first receipt at once. A broken stream keeps what verified. Errors:
         NOT_FOUND, ABORTED (no longer needed), INVALID_ARGUMENT (the update is refused by name; do not retry), OUT_OF_RANGE (the
         offset is not the accepted one; ask GetUpload), DATA_LOSS (a segment's digest differs; resend from the offset in the

@@ -48,7 +48,8 @@ class TransferStub:
     needed; the message says why).
     """
     Upload: _grpc.StreamUnaryMultiCallable[_transfer_pb2.UploadRequest, _transfer_pb2.UploadResponse]
-    """Sends an update: one header, then chunks in order from the header's offset. Returns when the update is verified and
+    """Sends an update: one header, then chunks in order from the header's offset. The coordinator sends its initial metadata
+    when it is this upload's turn; a client waits for them before its first chunk. Returns when the update is verified and
     durable; a repeat of a finished upload gets the first receipt at once. A broken stream keeps what verified. Errors:
     NOT_FOUND, ABORTED (no longer needed), INVALID_ARGUMENT (the update is refused by name; do not retry), OUT_OF_RANGE (the
     offset is not the accepted one; ask GetUpload), DATA_LOSS (a segment's digest differs; resend from the offset in the
@@ -70,7 +71,8 @@ class TransferAsyncStub(TransferStub):
     needed; the message says why).
     """
     Upload: _aio.StreamUnaryMultiCallable[_transfer_pb2.UploadRequest, _transfer_pb2.UploadResponse]  # type: ignore[assignment]
-    """Sends an update: one header, then chunks in order from the header's offset. Returns when the update is verified and
+    """Sends an update: one header, then chunks in order from the header's offset. The coordinator sends its initial metadata
+    when it is this upload's turn; a client waits for them before its first chunk. Returns when the update is verified and
     durable; a repeat of a finished upload gets the first receipt at once. A broken stream keeps what verified. Errors:
     NOT_FOUND, ABORTED (no longer needed), INVALID_ARGUMENT (the update is refused by name; do not retry), OUT_OF_RANGE (the
     offset is not the accepted one; ask GetUpload), DATA_LOSS (a segment's digest differs; resend from the offset in the
@@ -107,7 +109,8 @@ class TransferServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_transfer_pb2.UploadRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_transfer_pb2.UploadResponse, _abc.Awaitable[_transfer_pb2.UploadResponse]]:
-        """Sends an update: one header, then chunks in order from the header's offset. Returns when the update is verified and
+        """Sends an update: one header, then chunks in order from the header's offset. The coordinator sends its initial metadata
+        when it is this upload's turn; a client waits for them before its first chunk. Returns when the update is verified and
         durable; a repeat of a finished upload gets the first receipt at once. A broken stream keeps what verified. Errors:
         NOT_FOUND, ABORTED (no longer needed), INVALID_ARGUMENT (the update is refused by name; do not retry), OUT_OF_RANGE (the
         offset is not the accepted one; ask GetUpload), DATA_LOSS (a segment's digest differs; resend from the offset in the
