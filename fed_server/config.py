@@ -398,7 +398,7 @@ class VariateConfig(ConfigTable):
             )
         if not isinstance(run.aggregation, MeanConfig):
             problems["aggregation.kind"] = (
-                f"{self.kind} adds up what all sites send, and {run.aggregation.kind} leaves some of it out; take "
+                f"{self.kind} adds up what all sites send, and {run.aggregation.kind} is no mean of it; take "
                 'aggregation.kind = "mean", or the objective "plain" or "fedprox"'
             )
         return problems
