@@ -2,8 +2,10 @@
 
 `--data DIR` (and `--evaluation-data DIR` at the coordinator) holds the four IDX files under their usual names, with or without .gz.
 
-    --option split=iid         iid (default); shards: every site has two digits (the paper's non-IID split); writers: every site has
-                               some of the people who wrote the digits, which needs DIR/writers.npz
+    --option split=iid         iid (default); shards: every site has two digits (the paper's non-IID split); dirichlet: every site
+                               has its own mix of digits; writers: every site has some of the people who wrote the digits,
+                               which needs DIR/writers.npz
+    --option alpha=0.1         how even the digits of a site are with split=dirichlet: 0.1 very uneven, 100 nearly IID
     --option site=0            which part is this site's, from 0
     --option num_sites=100     into how many parts the 60,000 training images are divided
     --option writer=2154       instead: one writer of writers.npz, by number
@@ -30,7 +32,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Examples: TypeAlias = tuple[Tensor, Tensor]
 
 NUM_CLASSES = 10
-SPLITS = ("iid", "shards", "writers")
+SPLITS = ("iid", "shards", "dirichlet", "writers")
 
 
 def read_idx(folder: Path, name: str) -> Array:
@@ -86,11 +88,35 @@ def own_indices(site: Site, labels: Array) -> Array:
         shards = np.array_split(np.argsort(labels, kind="stable"), 2 * num_sites)
         mine = np.array_split(rng.permutation(2 * num_sites), num_sites)[index]
         return rng.permutation(np.concatenate([shards[shard] for shard in mine]))
+    if split == "dirichlet":
+        alpha = site.number("alpha", 0.1)
+        if not 0 < alpha < math.inf:
+            raise ConfigError(f"option alpha is {alpha}; expected a number above 0")
+        return _mixed(rng, labels, num_sites, alpha)[index]
     writers = _writers(site)
     people = np.unique(writers)
     if num_sites > len(people):
         raise ConfigError(f"option num_sites is {num_sites}; there are {len(people)} writers")
     return rng.permutation(np.flatnonzero(np.isin(writers, rng.permutation(people)[index::num_sites])))
+
+
+def _mixed(rng: np.random.Generator, labels: Array, num_sites: int, alpha: float) -> list[Array]:
+    """Parts of equal size whose mixes of digits are drawn from a Dirichlet distribution, as in Hsu, Qi and Brown 2019
+    (arXiv:1909.06335); where a digit has run out, a site takes more of its others."""
+    left = [list(rng.permutation(np.flatnonzero(labels == digit))) for digit in range(NUM_CLASSES)]
+    parts = []
+    for size in (len(part) for part in np.array_split(labels, num_sites)):
+        mix = rng.dirichlet([alpha] * NUM_CLASSES)
+        mine: list[int] = []
+        while len(mine) < size:
+            there = np.array([bool(each) for each in left])
+            # A digit with no share at all is taken only where nothing else is left.
+            shares = np.where(there, np.maximum(mix, 1e-12), 0.0)
+            for digit, count in enumerate(rng.multinomial(size - len(mine), shares / shares.sum())):
+                mine += left[digit][:count]
+                del left[digit][:count]
+        parts.append(rng.permutation(np.array(mine)))
+    return parts
 
 
 def _writers(site: Site) -> Array:
@@ -130,7 +156,7 @@ class Mnist(Workload):
 
     def _split(self, site: Site) -> tuple[Examples, Examples | None]:
         """The site's own training and evaluation examples."""
-        site.allow_options("split", "site", "num_sites", "writer", "partition_seed", "held_out")
+        site.allow_options("split", "alpha", "site", "num_sites", "writer", "partition_seed", "held_out")
         held_out = site.number("held_out", 0.1)
         if not 0 <= held_out < 1:
             raise ConfigError(f"option held_out is {held_out}; expected 0 up to but not including 1")

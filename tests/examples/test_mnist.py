@@ -84,7 +84,7 @@ def test_the_models_have_the_papers_size(name: str, num_parameters: int) -> None
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("split", ["iid", "shards", "writers"])
+@pytest.mark.parametrize("split", ["iid", "shards", "dirichlet", "writers"])
 @pytest.mark.parametrize("num_sites", [1, 4, 7])
 def test_every_image_is_at_one_site(small: Path, split: str, num_sites: int) -> None:
     parts = [site_data(small, split=split, site=site, num_sites=num_sites) for site in range(num_sites)]
@@ -108,6 +108,20 @@ def test_shards_have_few_digits(small: Path) -> None:
         assert len(digits) <= 2
 
 
+def test_the_mix_of_digits_is_as_even_as_asked(small: Path) -> None:
+    def largest_share(alpha: float) -> float:
+        shares = []
+        for site in range(6):
+            digits = [
+                n % 10 for n in site_data(small, split="dirichlet", site=site, num_sites=6, alpha=alpha, held_out=0)[0]
+            ]
+            assert len(digits) == 20
+            shares.append(max(digits.count(digit) for digit in range(10)) / 20)
+        return sum(shares) / 6
+
+    assert largest_share(1000.0) < 0.35 < largest_share(0.05)
+
+
 def test_nothing_held_out_means_no_evaluation(small: Path) -> None:
     training, held_out = site_data(small, num_sites=4, held_out=0)
     assert (len(training), held_out) == (30, [])
@@ -117,7 +131,8 @@ def test_nothing_held_out_means_no_evaluation(small: Path) -> None:
     ("options", "said"),
     [
         ({"site": 4, "num_sites": 4}, "option site is 4"),
-        ({"split": "random"}, "expected one of iid, shards, writers"),
+        ({"split": "random"}, "expected one of iid, shards, dirichlet, writers"),
+        ({"split": "dirichlet", "alpha": 0}, "option alpha is 0"),
         ({"writer": 31}, "nobody has the number 31"),
         ({"split": "writers", "num_sites": 21}, "there are 20 writers"),
         ({"held_out": 1}, "held_out"),
