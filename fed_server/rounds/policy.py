@@ -122,8 +122,10 @@ _LEAST_WORK = 2.0**-10
 def least_work(config: RunConfig, round: int, plateau: Plateau) -> float:
     """The least work that an update of a round may say is behind it; 0 where none is asked for. One step is worth its learning
     rate."""
-    is_asked_for = isinstance(config.training.objective, ScaffoldConfig)
-    return learning_rate(config, round, plateau) * _LEAST_WORK if is_asked_for else 0.0
+    if not isinstance(config.training.objective, ScaffoldConfig):
+        return 0.0
+    sites = ("", *config.training.learning_rate_by_site)
+    return min(learning_rate(config, round, plateau, site) for site in sites) * _LEAST_WORK
 
 
 def plateau_after(config: RunConfig, plateau: Plateau, round: int, metrics: Metrics) -> Plateau:

@@ -55,7 +55,11 @@ from tests.server.test_aggregation import payload, some_update, specs_of
 # The first products of a process load libraries, which takes longer than any deadline.
 calm = settings(deadline=None, max_examples=25)
 
-ROBUST = [kind for kind in AGGREGATORS if kind != "mean"]
+ROBUST = [
+    kind
+    for kind, config in union_members(RunConfig.model_fields["aggregation"]).items()
+    if issubclass(config, RobustConfig)
+]
 
 values = st.floats(-4, 4, width=32)
 blocks = st.tuples(st.integers(1, 9), st.integers(1, 4)).flatmap(

@@ -18,7 +18,7 @@ from fed_server.config import (
     parse_run_config,
 )
 from fed_server.optim.schedule import NO_PLATEAU, Plateau, rate_factor, update_plateau
-from fed_server.rounds.policy import learning_rate, plateau_after, server_optimizer, training_plan
+from fed_server.rounds.policy import learning_rate, least_work, plateau_after, server_optimizer, training_plan
 from fed_server.store.base import AssignmentKind, AssignmentRecord, AssignmentState
 
 PLATEAU = PlateauScheduleConfig(patience=2, factor=0.5, floor=0.2)
@@ -159,6 +159,16 @@ def test_a_site_that_the_config_names_has_a_rate_of_its_own_on_the_same_schedule
     assert rates == {"north": [3.0, 1.5, 0.75], "south": [0.5, 0.25, 0.125]}
     plans = [training_plan(run, assignment(2), Plateau(), site).optimizer for site in ("north", "south")]
     assert [plan.learning_rate for plan in plans] == [1.5, 0.25]
+
+
+def test_the_least_work_is_reckoned_by_the_smallest_rate_that_a_site_is_told() -> None:
+    scaffold = 'objective = { kind = "scaffold", population = 1 }\n'
+    raw = '[uplink]\nkind = "raw"\n'
+    alike = config(scaffold + raw)
+    unlike = config(f"{scaffold}learning_rate_by_site = {{ a = 2.0, b = 0.0001220703125 }}\n{raw}")
+    assert least_work(alike, 1, NO_PLATEAU) == 0.5 * 2**-10
+    assert least_work(unlike, 1, NO_PLATEAU) == 2**-13 * 2**-10
+    assert least_work(config(""), 1, NO_PLATEAU) == 0.0
 
 
 def test_the_servers_rate_has_a_schedule_of_its_own() -> None:
