@@ -412,24 +412,36 @@ def rounds_table(view: WatchView, width: int) -> RenderableType:
     """The last rounds, one line each."""
     assert view.run is not None
     metric = watched_metric(view.run)
+    shown = [view.rounds[number] for number in sorted(view.rounds)[-WATCHED_ROUNDS:]]
+    late = _late_column(shown)
     # What is left of the line beside the numbers.
-    why = width - 84
+    why = width - 84 - 9 * len(late)
     columns = [
         _number("round"), Column("state", no_wrap=True, min_width=11), _number("version"), _number(_short(metric), min_width=6),
-        _number("loss", min_width=6), _number("updates"), _number("down", min_width=7), _number("up", min_width=7),
+        _number("loss", min_width=6), _number("updates"), *late, _number("down", min_width=7), _number("up", min_width=7),
         _number("time", min_width=5),
     ]  # fmt: skip
     table = _table(*columns, *([_word("why", max_width=why)] if why >= 24 else []), width=width)
-    for number in sorted(view.rounds)[-WATCHED_ROUNDS:]:
-        round = view.rounds[number]
+    for round in shown:
         metrics = metrics_of(round.metrics)
         row: list[RenderableType] = [
-            str(number), _round_state(round), str(round.model_version) if round.model_version else "",
+            str(round.round), _round_state(round), str(round.model_version) if round.model_version else "",
             Text(_metric_text(metrics.get(metric)), style="bold"), _metric_text(loss_of(metrics)), _updates(round),
-            _moved(round.downlink), _moved(round.uplink), _time_of(round),
+            *[_lateness(metrics) for _ in late], _moved(round.downlink), _moved(round.uplink), _time_of(round),
         ]  # fmt: skip
         table.add_row(*row, *([Text(first_line(round.reason), style="dim")] if why >= 24 else []))
     return table
+
+
+def _late_column(rounds: Iterable[runs_pb2.Round]) -> list[Column]:
+    """The column for how stale updates were, mean and most; none where rounds are synchronous."""
+    return [_number("late")] if any(_lateness(metrics_of(round.metrics)) for round in rounds) else []
+
+
+def _lateness(metrics: Mapping[str, float]) -> str:
+    if "staleness.max" not in metrics:
+        return ""
+    return f"{metrics['staleness.mean']:.1f}/{metrics['staleness.max']:.0f}"
 
 
 def _updates(round: runs_pb2.Round) -> str:
@@ -504,7 +516,7 @@ def _clients_of_round(
     )  # fmt: skip
     for client in shown:
         loss = metrics_of(client.metrics).get("loss")
-        table.add_row(*_doing(client, age, is_over), _metric_text(loss))
+        table.add_row(*_doing(client, age, is_over, round.base_version), _metric_text(loss))
     if len(shown) == len(clients):
         return table
     hidden = [_describe_state(client) for client in clients if client not in shown]
@@ -512,14 +524,17 @@ def _clients_of_round(
     return Group(table, Text(f"and {len(hidden)} more: {counts}", style="dim"))
 
 
-def _doing(client: runs_pb2.RoundClient, age: float, is_over: bool) -> list[RenderableType]:
-    """Mark, name, phase, bar, percentage, amount, ETA."""
+def _doing(client: runs_pb2.RoundClient, age: float, is_over: bool, base_version: int) -> list[RenderableType]:
+    """Mark, name, phase, bar, percentage, amount, ETA. `base_version` is that of the round, which a client of buffered rounds may
+    be behind."""
     name = Text(client.client_name, style="bold" if client.is_alive or is_over else "dim")
     phase = _describe_state(client)
     if client.state == runs_pb2.ASSIGNMENT_STATE_RECEIVED:
         amount = f"{client.num_examples:,} ex." if client.num_examples else ""
         if client.is_partial:
             phase = "partial"
+        if client.staleness:
+            phase += f", {client.staleness} late"
         bar = ProgressBar(total=1, completed=1, complete_style="green", finished_style="green")
         return [Text("✓", style="green"), name, Text(phase, style="green"), bar, "100", amount, ""]
     if client.state == runs_pb2.ASSIGNMENT_STATE_FAILED:
@@ -529,6 +544,8 @@ def _doing(client: runs_pb2.RoundClient, age: float, is_over: bool) -> list[Rend
     mark = Text("●", style="green") if client.is_alive else Text("○", style="red")
     if not client.is_alive:
         phase = "silent"
+    if client.model_version < base_version:
+        phase += f", {base_version - client.model_version} late"
     if client.total <= 0:
         return [mark, name, phase, "", "", "", ""]
     share = min(1.0, client.done / client.total)
@@ -570,6 +587,8 @@ def round_line(round: runs_pb2.Round, metric: str) -> str:
     ]
     if round.clients and round.state != runs_pb2.ROUND_STATE_SELECTING:
         parts.append(f"{_updates(round)} updates")
+    if late := _lateness(metrics):
+        parts.append(f"{late} versions late")
     if round.state in _FINISHED_ROUNDS:
         if round.downlink.wire_bytes or round.uplink.wire_bytes:
             parts.append(f"{format_bytes(round.downlink.wire_bytes)} down, {format_bytes(round.uplink.wire_bytes)} up")
@@ -636,9 +655,10 @@ def _report_rounds(response: runs_pb2.GetReportResponse, width: int) -> Table:
     metric = watched_metric(response.run)
     totals = {name: sum(_seconds_of(round).get(name, 0.0) for round in response.rounds) for name in _PHASE_NAMES}
     is_wide = width >= WIDE
+    late = _late_column(response.rounds)
     table = _table(
         _number("round", "total"), Column("state", no_wrap=True), *([_number("version")] if is_wide else []),
-        _number(_short(metric)), _number("loss"), _number("clients"),
+        _number(_short(metric)), _number("loss"), _number("clients"), *late,
         *(_number(name, format_seconds(totals[phase])) for phase, name in _PHASE_NAMES.items()),
         _number("time", format_seconds(sum(totals.values()))),
         title="Rounds", footer=True, width=width,
@@ -649,6 +669,7 @@ def _report_rounds(response: runs_pb2.GetReportResponse, width: int) -> Table:
             str(round.round), _round_state(round),
             *([str(round.model_version) if round.model_version else ""] if is_wide else []),
             Text(_metric_text(metrics.get(metric)), style="bold"), _metric_text(loss_of(metrics)), _updates(round),
+            *[_lateness(metrics) for _ in late],
             *(format_seconds(seconds[name]) if name in seconds else "" for name in _PHASE_NAMES), _time_of(round),
         )  # fmt: skip
     return table

@@ -47,7 +47,8 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plat
         batch_size=training.batch_size if is_training else config.evaluation.batch_size,
         optimizer=OptimizerPlan(
             kind=optimizer.kind,
-            learning_rate=learning_rate(config, assignment.round, plateau, site),
+            # What it was told once it is told again: a plateau may have fallen since, where rounds are buffered.
+            learning_rate=assignment.learning_rate or learning_rate(config, assignment.round, plateau, site),
             momentum=optimizer.momentum,
             weight_decay=optimizer.weight_decay,
             epoch_decay=optimizer.epoch_decay,

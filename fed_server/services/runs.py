@@ -26,6 +26,7 @@ from fed_server.services.convert import (
 )
 from fed_server.store.base import (
     AssignmentRecord,
+    AssignmentState,
     ModelRecord,
     RoundRecord,
     RoundState,
@@ -242,7 +243,9 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         for round, assignments in stored:
             if live is not None and live.round is not None and live.round.round == round.round:
                 continue
-            result.append(round_to_proto(round, assignments, self._coordinator, {}))
+            # Where rounds are buffered, whoever is still at work has gone on into the open one.
+            ended = [a for a in assignments if a.state is not AssignmentState.OPEN]
+            result.append(round_to_proto(round, ended, self._coordinator, {}))
         if live is not None:
             result.append(self._open_round(live))
         return result

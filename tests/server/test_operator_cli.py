@@ -660,6 +660,32 @@ def test_who_took_part_how_often_is_in_the_report_and_those_left_out_come_first_
     assert f"and {30 - render.WATCHED_CLIENTS} more" in "\n".join(shown)
 
 
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_how_late_updates_were_is_shown_where_rounds_are_buffered(width: int) -> None:
+    rounds = [_round(number, runs_pb2.ROUND_STATE_TRAINING) for number in (8, 9)]
+    rounds[0].metrics.extend(_metrics(**{"staleness.mean": 1.25, "staleness.max": 12}))
+    for round in rounds:
+        round.base_version = round.round - 1
+        for client in round.clients:
+            client.model_version = round.base_version
+    rounds[1].clients[0].staleness = 12
+    rounds[1].clients[1].model_version = 5
+    report = _lines(render.report(runs_pb2.GetReportResponse(run=_run(), rounds=rounds), width), width)
+    view = render.WatchView().updated(runs_pb2.WatchRunResponse(run=_run(), rounds=rounds), 0)
+    watched = _lines(render.watch_screen(view, 0, width, 60), width)
+    for lines in (report, watched):
+        assert max(map(len, lines)) <= width
+        assert not [line for line in lines if re.search(r"\d…", line)]
+        assert [line for line in lines if re.search(r"^ *round .* late ", line)]
+        assert [line for line in lines if re.search(r"^ *8 .* 1\.2/12 ", line)]
+    assert [line for line in watched if re.search(r"✓ +bergen +received, 12 late +━", line)]
+    assert [line for line in watched if re.search(r"● +hamburg +training, 3 late +━", line)]
+    assert [line for line in watched if re.search(r"○ +oslo +silent +━", line)]
+    assert "1.2/12 versions late" in render.round_line(rounds[0], "accuracy")
+    plain = _lines(render.report(runs_pb2.GetReportResponse(run=_run(), rounds=[_round(1)]), width), width)
+    assert not [line for line in plain if " late" in line]
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_rates_are_in_the_report_where_sites_have_their_own(width: int) -> None:
     round = _round(1)
