@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-feedback proto clean
+.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-algorithms bench-feedback proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
@@ -46,6 +46,9 @@ bench-codecs: .stamps/setup ## Measure what codecs cost and lose, on synthetic v
 
 bench-bytes: .stamps/setup ## Measure the bytes that accuracy costs, both ways: MNIST with 100 sites (hours for all rows)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.bytes_to_accuracy $(ARGS)
+
+bench-algorithms: .stamps/setup ## Compare algorithms with federated averaging on uneven data (hours for all rows; ARGS=--tune first)
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.algorithms $(ARGS)
 
 bench-feedback: .stamps/setup ## Measure error feedback, EF21 and CAFe on coarse codecs (an hour for all rows)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.feedback $(ARGS)

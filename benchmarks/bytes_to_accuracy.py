@@ -24,12 +24,10 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,17 +41,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.federation import NUM_SITES, WORKLOADS, Federation, train
+
 ROOT: Final = Path(__file__).parent.parent
 RESULT: Final = Path(__file__).parent / "results" / "bytes_to_accuracy.json"
 IMAGE: Final = ROOT / "docs" / "images" / "bytes_to_accuracy.png"
-_WORKLOADS: Final = ROOT / "examples" / "mnist" / "workload.py"
-WORKLOADS: Final = {"2nn": f"{_WORKLOADS}:TwoNN", "cnn": f"{_WORKLOADS}:CNN"}
-"""What the coordinator evaluates with."""
 SITES_WORKLOADS: Final = WORKLOADS | {"2nn": f"{Path(__file__).parent / 'two_layers.py'}:WrittenOutTwoNN"}
 """The sites' may differ in the speed of a step."""
 
-NUM_SITES: Final = 100
-NUM_HELD_OUT: Final = 5000
 GRID: Final = (0.05, 0.1, 0.2)
 LEARNING_RATES: Final = {"2nn": 0.2, "cnn": 0.1}
 """2nn: the best of the grid for `raw`, seed 0, on held-out training images (--tune), looked for with the split iid alone. cnn: the
@@ -84,12 +79,6 @@ ROWS: Final[dict[str, str]] = {
 }
 MAIN_ROWS: Final = ("raw", "auto")
 
-_FILES: Final = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 # Of Student's distribution, two-sided 95 %, by degrees of freedom.
 _STUDENT: Final = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
@@ -196,112 +185,16 @@ class Run:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_data(source: Path, folder: Path, *, is_tuning: bool) -> None:
-    """The four files unpacked, for a hundred sites read them; with `is_tuning` the last 5,000 training images stand in for the
-    test images and are trained on no longer."""
-    folder.mkdir()
-    for name in _FILES:
-        packed = source / f"{name}.gz"
-        (folder / name).write_bytes(
-            gzip.decompress(packed.read_bytes()) if packed.exists() else (source / name).read_bytes()
-        )
-    if not is_tuning:
-        return
-    for kind in ("images-idx3", "labels-idx1"):
-        content = (folder / f"train-{kind}-ubyte").read_bytes()
-        begin = 4 + 4 * content[3]
-        count = int.from_bytes(content[4:8], "big")
-        cut = begin + (len(content) - begin) // count * (count - NUM_HELD_OUT)
-        for part, number, body in (
-            ("train", count - NUM_HELD_OUT, content[begin:cut]),
-            ("t10k", NUM_HELD_OUT, content[cut:]),
-        ):
-            header = content[:4] + number.to_bytes(4, "big") + content[8:begin]
-            (folder / f"{part}-{kind}-ubyte").write_bytes(header + body)
-
-
-def socket_bytes(port: int) -> tuple[int | None, int | None]:
-    """Bytes that this machine's connections to a port have sent to it and got from it, HTTP/2 and control messages included; None
-    where `ss` (iproute2) is missing."""
-    if shutil.which("ss") is None:
-        return None, None
-    listed = subprocess.run(
-        ["ss", "--tcp", "--info", "--no-header", "--oneline", "state", "established", f"dport = :{port}"],
-        stdout=subprocess.PIPE, text=True, check=True,
-    ).stdout  # fmt: skip
-
-    def total(word: str) -> int:
-        return sum(int(number) for number in re.findall(rf"\b{word}:(\d+)", listed))
-
-    return total("bytes_acked"), total("bytes_received")
-
-
 def measure(case: Case, source: Path, folder: Path) -> Run:
     """One run from version 0 to its last round, with a coordinator and sites of its own."""
-    import torch
-
-    from benchmarks.echo_rounds import Watched
-    from benchmarks.light_operator import Operator
-    from benchmarks.simulated_sites import Journal, simulated_sites
-    from examples.mnist.workload import CNN, TwoNN
-    from fed_core.tensors import model_specs, model_tensors
-    from fed_core.workload import initial_model
-    from fedstream.v1 import runs_pb2
-
-    torch.set_num_threads(1)
-    data = folder / "data"
-    prepare_data(source, data, is_tuning=case.is_tuning)
-    server = Watched(
-        ["fed_server.cli.server", "run", "--data-dir", str(folder / "server"), "--listen", "127.0.0.1:0",
-         "--drain-seconds", "0", "--log-level", "warning", "--lease-seconds", "600", "--workload", WORKLOADS[case.model],
-         "--evaluation-data", str(data)]
-    )  # fmt: skip
-    try:
-        address = server.line().split(" on ")[1].split()[0]
-        join_token = (folder / "server" / "join-token").read_text().strip()
-        operator = Operator(f"unix:{folder / 'server' / 'fed-server.sock'}")
-        model = initial_model({"2nn": TwoNN, "cnn": CNN}[case.model](), case.seed)
-        operator.submit(case.config(), model_tensors(model), specs=model_specs(model))
-        options = [
-            {"split": case.split, "site": str(site), "num_sites": str(NUM_SITES), "partition_seed": str(case.seed),
-             "held_out": "0"}
-            for site in range(NUM_SITES)
-        ]  # fmt: skip
-        journal = Journal()
-        journal.configure()
-        began = time.perf_counter()
-        with simulated_sites(
-            address, join_token, folder / "sites", workload=SITES_WORKLOADS[case.model], data=data, options=options
-        ):
-            rounds_done = 0
-
-            def is_over(run: runs_pb2.Run) -> bool:
-                nonlocal rounds_done
-                if run.round > rounds_done and run.metrics:
-                    rounds_done = run.round
-                    accuracy = next((m.value for m in run.metrics if m.name == "accuracy"), math.nan)
-                    print(f"{case.key} round {run.round}, before it {accuracy:.4f}", file=sys.stderr, flush=True)
-                return False
-
-            ended = operator.wait("bench", is_over, timeout=24 * 3600)
-            seconds = time.perf_counter() - began
-            sockets = socket_bytes(int(address.rpartition(":")[2]))
-            report = operator.report("bench")
-        operator.channel.close()
-    finally:
-        server.end()
-    if ended.state != runs_pb2.RUN_STATE_FINISHED:
-        raise RuntimeError(f"{case}: {ended.reason}")
-    return _run_of(case, report, sockets, journal, seconds)
-
-
-def _run_of(case: Case, report: Any, sockets: tuple[int | None, int | None], journal: Any, seconds: float) -> Run:
-    from benchmarks.simulated_sites import JOB_SECONDS
-
+    federation = Federation(
+        case.model, SITES_WORKLOADS[case.model], case.seed, {"split": case.split}, is_tuning=case.is_tuning
+    )
+    trained = train(case.config(), federation, source, folder, str(case.key))
+    report, (up, down) = trained.report, trained.sockets
     versions = [model for model in report.models if model.version > 0]
     clients = [client for each in report.rounds for client in each.clients]
     fidelities = [client.fidelity for client in clients if client.HasField("fidelity")]
-    up, down = sockets
     return Run(
         row=case.row,
         split=case.split,
@@ -311,9 +204,7 @@ def _run_of(case: Case, report: Any, sockets: tuple[int | None, int | None], jou
         learning_rate=case.learning_rate,
         num_parameters=report.run.num_parameters,
         num_updates=[model.num_updates for model in versions],
-        accuracy=[
-            round(next(metric.value for metric in model.metrics if metric.name == "accuracy"), 6) for model in versions
-        ],
+        accuracy=trained.accuracy,
         up_bytes=[each.uplink.wire_bytes for each in report.rounds],
         down_bytes=[each.downlink.wire_bytes for each in report.rounds],
         up_payload_bytes=report.uplink.payload_bytes,
@@ -323,20 +214,21 @@ def _run_of(case: Case, report: Any, sockets: tuple[int | None, int | None], jou
         socket_down_bytes=down,
         error=statistics.fmean(each.error for each in fidelities),
         gain=statistics.fmean(each.gain for each in fidelities),
-        fetches={str(number): count for number, count in sorted(journal.fetches.items())},
+        fetches={str(number): count for number, count in sorted(trained.journal.fetches.items())},
         num_diverged=sum(client.has_diverged for client in clients),
         num_failed=sum(client.reason != "" for client in clients),
-        warnings=dict(journal.warnings),
-        seconds_per_round=round(seconds / len(versions), 2),
-        job_seconds={job: round(seconds, 2) for job, seconds in sorted(JOB_SECONDS.items())},
+        warnings=dict(trained.journal.warnings),
+        seconds_per_round=round(trained.seconds / len(versions), 2),
+        job_seconds={job: round(seconds, 2) for job, seconds in sorted(trained.job_seconds.items())},
         config=case.config(),
-        commit=_commit(),
+        commit=commit(),
         model=case.model,
         epochs=case.epochs,
     )
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Which state of the repository this is."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,

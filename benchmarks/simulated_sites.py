@@ -37,8 +37,9 @@ _PROGRESS_SECONDS = 0.25
 class LocalTrainer(Trainer):
     """Does its jobs in the caller's thread; what goes in and out is JSON, as between the processes."""
 
-    def __init__(self, workload_source: str, *, site: Site) -> None:
+    def __init__(self, workload_source: str, *, site: Site, seconds: float = 0.0) -> None:
         super().__init__(workload_source, site=site)
+        self._seconds = seconds
         self._jobs = SiteJobs(
             {
                 "workload": workload_source,
@@ -48,6 +49,8 @@ class LocalTrainer(Trainer):
         )
 
     def _call(self, request: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
+        if request["do"] == "train":
+            time.sleep(self._seconds)
         with _JOBS:
             began = time.thread_time()
             try:
@@ -64,14 +67,14 @@ class LocalTrainer(Trainer):
 class SimulatedSite(Daemon):
     """A daemon that is one of many in its process."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Takes the lock of the state directory, which it makes."""
+    def __init__(self, settings: Settings, seconds: float = 0.0) -> None:
+        """Takes the lock of the state directory, which it makes. Training takes so many seconds longer than its work."""
         self._directory = StateDirectory(settings.state_dir)
         self._directory.create()
         self._directory.lock()
         super().__init__(settings, self._directory)
         site = Site(name=settings.name, data=settings.data, options=settings.options)
-        self._sources = [LocalTrainer(source, site=site) for source in settings.workload]
+        self._sources = [LocalTrainer(source, site=site, seconds=seconds) for source in settings.workload]
 
     def start(self) -> None:
         """Enrols and works, in threads of its own."""
@@ -112,9 +115,18 @@ class Journal:
 
 @contextmanager
 def simulated_sites(
-    address: str, join_token: str, folder: Path, *, workload: str, data: Path, options: Sequence[Mapping[str, str]]
+    address: str,
+    join_token: str,
+    folder: Path,
+    *,
+    workload: str,
+    data: Path,
+    options: Sequence[Mapping[str, str]],
+    overrides: Sequence[Mapping[str, Any]] = (),
+    seconds: Sequence[float] = (),
 ) -> Iterator[list[SimulatedSite]]:
-    """One site for each set of options, named site-000 and so on, at work while the block runs."""
+    """One site for each set of options, named site-000 and so on, at work while the block runs. `overrides` and `seconds`, where
+    given, have what each site sets instead of the plan, and how much longer than its work it trains."""
     sites = [
         SimulatedSite(
             Settings.model_validate(
@@ -126,10 +138,12 @@ def simulated_sites(
                     "workload": [workload],
                     "data": data,
                     "options": dict(each),
+                    "overrides": dict(overrides[number]) if overrides else {},
                     "device": "cpu",
                     "poll_seconds": 60.0,
                 }
-            )
+            ),
+            seconds[number] if seconds else 0.0,
         )
         for number, each in enumerate(options)
     ]
