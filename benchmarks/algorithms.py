@@ -80,7 +80,9 @@ ROWS: Final = {
     "fednova": Row('[training.objective]\nkind = "fednova"\n', (0.03, 0.1, 0.3), is_rate=True),
     "fedavgm": Row('[server_optimizer]\nkind = "momentum"\nmomentum = {value}\n', (0.5, 0.7, 0.9)),
     "fedadam": Row('[server_optimizer]\nkind = "adam"\nlearning_rate = {value}\n', (0.001, 0.003, 0.01)),
-    "fedbuff": Row('[aggregation]\nweighting = "uniform"\n', (0.03, 0.1, 0.3), is_rate=True, is_buffered=True),
+    "fedbuff": Row(
+        '[aggregation]\nkind = "mean"\nweighting = "uniform"\n', (0.03, 0.1, 0.3), is_rate=True, is_buffered=True
+    ),
 }
 DEFAULT_ROWS: Final = {
     "dirichlet": ("fedavg", "fedprox", "scaffold", "feddyn", "fedavgm", "fedadam"),
