@@ -292,10 +292,13 @@ class Federation:
         downlink: str = "",
         server_optimizer: str = "",
         objective: str = "",
+        aggregation: str = "",
+        selection: str = "random",
     ) -> None:
         """A run over all sites, or one of them, that fails with its first failed round. Bit-identical where it is not told
-        otherwise: the whole population, no deadline or budget that matters. `uplink`, `downlink`, `server_optimizer`
-        and `objective` are inline tables; without them it is compressed, and steps, as runs do by default."""
+        otherwise: the whole population, no deadline or budget that matters. `uplink`, `downlink`, `server_optimizer`,
+        `objective` and `aggregation` are inline tables; without them it is compressed, and steps, as runs do by default. Unless it
+        is one site's, a cohort is drawn from all."""
         size = size or (1 if site else len(self.sites))
         labels = f'labels = {{ site = "{site.name}" }}' if site else ""
         work = f'{{ kind = "steps", steps = {steps} }}' if steps else '{ kind = "epochs", epochs = 1 }'
@@ -307,9 +310,11 @@ class Federation:
             {f"uplink = {uplink}" if uplink else ""}
             {f"downlink = {downlink}" if downlink else ""}
             {f"server_optimizer = {server_optimizer}" if server_optimizer else ""}
+            {f"aggregation = {aggregation}" if aggregation else ""}
             [cohort]
             size = {size}
-            min_clients = {size}
+            min_clients = {size if site else len(self.sites)}
+            selection = "{selection}"
             quorum = {quorum or size}
             {labels}
             [schedule]

@@ -76,6 +76,41 @@ def test_what_the_server_optimizer_keeps_is_committed_with_the_version(federatio
     until(lambda: not list(masters.glob("*")), "what a run that is over kept is deleted")
 
 
+WEIGHTED = {
+    "importance": {"size": 2, "selection": "importance", "aggregation": '{ kind = "mean", weighting = "uniform" }'},
+    "fair": {"aggregation": '{ kind = "qfedavg", fairness = 2.0, lipschitz = 1.0 }'},
+    "quality": {"aggregation": '{ kind = "mean", weighting = "inverse_loss" }'},
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_what_updates_count_is_as_durable_as_they_are(federation: Federation, kind: str) -> None:
+    coordinator, settings = federation.coordinator, {"rounds": 3, "uplink": '{ kind = "raw" }'} | WEIGHTED[kind]
+    federation.submit(f"{kind}-well", **settings)
+    expected = federation.finished(f"{kind}-well")
+
+    points = ["update-durable", "mid-fold:2", "before-commit"]
+    coordinator.stop()
+    coordinator.start(fail_at=points.pop(0))
+    federation.submit(f"{kind}-killed", **settings)
+    while points:
+        coordinator.wait_killed()
+        coordinator.start(fail_at=points.pop(0))
+    coordinator.wait_killed()
+    coordinator.start()
+    report = federation.finished(f"{kind}-killed")
+
+    assert digests(report) == digests(expected)
+    assert losses(report) == losses(expected)
+    weights = [[(c.client_name, c.weight) for c in r.clients if c.assignment_kind == TRAIN] for r in report.rounds]
+    assert weights == [
+        [(c.client_name, c.weight) for c in r.clients if c.assignment_kind == TRAIN] for r in expected.rounds
+    ]
+    assert len({weight for round in weights for _, weight in round}) > 2
+    masters = coordinator.data / "masters" / report.run.run_id
+    until(lambda: not list(masters.glob("*")), "what a run that is over kept is deleted")
+
+
 def training_metrics(round: runs_pb2.Round) -> dict[str, float]:
     """Without those of the evaluation, which takes whom it can get after a crash."""
     return {metric.name: metric.value for metric in round.metrics if metric.name.startswith("train.")}

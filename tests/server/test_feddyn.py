@@ -207,5 +207,7 @@ def test_what_does_not_go_with_it_is_refused_with_the_cure(before: str, after: s
 
 def test_robust_rules_leave_out_what_it_sums_up() -> None:
     toml = config(size=3, quorum=3, extra=FEDDYN + '[aggregation]\nkind = "median"\nnum_byzantine = 1\n')
-    with pytest.raises(ConfigError, match=r"aggregation\.kind: feddyn adds up what all sites send, and median is no mean"):
+    with pytest.raises(
+        ConfigError, match=r"aggregation\.kind: feddyn adds up what all sites send, and median is no mean"
+    ):
         parse_run_config(toml)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_server.rounds.cohort import ImportancePolicy, draw_by_importance
+from fed_server.rounds.cohort import ImportancePolicy, draw, draw_by_importance
 from fed_server.rounds.importance import Chances, SiteReport, chances_of, correction_of, shares_of, systematic
 
 LOSSES = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True))
@@ -104,6 +104,19 @@ def test_the_mean_of_many_rounds_is_the_mean_of_all_sites_and_without_the_correc
     assert error < truth / 50  # or the line above would say little
     mean, error = mean_and_error(plain)
     assert mean - truth > 10 * error
+
+
+def test_where_updates_are_as_long_as_losses_are_large_the_mean_scatters_less_than_by_a_random_draw() -> None:
+    losses = {f"s{i:02}": 1.25**i / 10 for i in range(20)}
+    updates = {name: loss * (-1) ** i for i, (name, loss) in enumerate(losses.items())}
+    policy = ImportancePolicy(sites(losses), 0.2, {}, False, 2**20)
+    truth = fsum(updates.values()) / len(updates)
+    by_importance = by_chance = 0.0
+    for round in range(1, 1001):
+        cohort, correction = draw_by_importance(5, round, list(updates), 5, policy)
+        by_importance += (fsum(correction.weights[n] * updates[n] for n in cohort) / (correction.unit * 5) - truth) ** 2
+        by_chance += (fsum(updates[n] for n in draw(5, round, list(updates), 5)) / 5 - truth) ** 2
+    assert by_importance < by_chance / 2
 
 
 def test_sites_are_drawn_as_often_as_their_chances_say() -> None:
