@@ -14,7 +14,7 @@ from benchmarks.light_client import LightClient, encode_update
 from fed_core.errors import FedstreamError, UnavailableError
 from fed_core.specs import TensorSpec
 from fedstream.v1 import participation_pb2, runs_pb2
-from tests.faults.processes import Coordinator, digests, until
+from tests.faults.processes import Coordinator, Federation, digests, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
 
@@ -179,6 +179,35 @@ def journal(report: runs_pb2.GetReportResponse) -> list[list[tuple[str, int]]]:
         ]
         for round in report.rounds
     ]
+
+
+def test_a_site_that_is_killed_in_mid_upload_holds_up_nobody_and_counts_when_it_is_back(federation: Federation) -> None:
+    """With all that is remembered on both sides: residuals of coarse codes at the sites, versions as deltas on a lattice."""
+    slow = federation.sites[2]
+    slow.kill()
+    slow.start(fail_at="client-mid-upload")
+    encodings = {"uplink": '{ kind = "uniform", bits = 4, feedback = true }', "downlink": '{ kind = "lattice" }'}
+    mean = '{ kind = "mean", weighting = "uniform" }'
+    federation.submit("late", size=2, rounds=999, concurrency=3, aggregation=mean, **encodings)
+    slow.wait_killed()
+    version = federation.report("late").run.model_version
+    until(lambda: federation.report("late").run.model_version >= version + 2, "the others go on")
+    slow.start()
+
+    def late() -> list[runs_pb2.RoundClient]:
+        updates = [client for round in federation.report("late").rounds for client in round.clients]
+        mine = [client for client in updates if client.client_name == slow.name]
+        return [client for client in mine if client.state == runs_pb2.ASSIGNMENT_STATE_RECEIVED]
+
+    first = until(late, "its update counts")[0]
+    assert first.staleness >= 2
+    until(lambda: len(late()) > 1, "it is asked again")
+    assert late()[1].model_version > first.model_version + 2, "with what is the newest"
+    run_id = federation.run_id("late")
+    federation.coordinator.operator.call("CancelRun", runs_pb2.CancelRunRequest(run="late"))
+    assert len(slow.events("trained", run=run_id, assignment=first.assignment_id)) == 1, "trained once"
+    for site in federation.sites:
+        assert site.events("DIVERGED") == []
 
 
 def test_killed_at_every_point_the_buffers_make_the_same_versions(coordinator: Coordinator) -> None:
