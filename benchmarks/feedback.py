@@ -165,25 +165,27 @@ class Clients:
         """What one epoch changes of the model that begins as `start`."""
         if client not in self._examples:
             self._examples[client] = self._sites.examples_of(client)
-        _load(model, start)
+        load_flat(model, start)
         plan = TrainingPlan(batch_size=10, optimizer=OptimizerPlan("sgd", LEARNING_RATE), seed=seed, epochs=1)
         train(self.workload, model, self._examples[client], plan, torch.device("cpu"))
-        return _flat(model) - start
+        return flat(model) - start
 
     def accuracy(self, model: nn.Module, values: Vector) -> float:
         """On the test images."""
         images, labels = self._sites.test
-        _load(model, values)
+        load_flat(model, values)
         model.eval()
         with torch.no_grad():
             return float((model(images).argmax(1) == labels).float().mean())
 
 
-def _flat(model: nn.Module) -> Vector:
+def flat(model: nn.Module) -> Vector:
+    """All tensors of a model, one after the other."""
     return torch.cat([tensor.reshape(-1) for tensor in model_tensors(model).values()])
 
 
-def _load(model: nn.Module, values: Vector) -> None:
+def load_flat(model: nn.Module, values: Vector) -> None:
+    """The inverse of `flat`."""
     tensors = model_tensors(model)
     parts = values.split([tensor.numel() for tensor in tensors.values()])
     load_tensors(model, {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)})
@@ -192,7 +194,7 @@ def _load(model: nn.Module, values: Vector) -> None:
 def run(clients: Clients, population: str, encoding: str, way: str, seed: int, num_rounds: int) -> Row:
     """One row."""
     model = initial_model(clients.workload, seed)
-    weights = _flat(model)
+    weights = flat(model)
     wire = Wire(model_specs(model), encoding_from_json(json.dumps(ENCODINGS[encoding])))
     feedback = Feedback(way, wire, len(weights))
     rng = np.random.default_rng(seed)
