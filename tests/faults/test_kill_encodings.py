@@ -10,7 +10,7 @@ from fed_core.codecs.registry import CODECS_OF
 from fedstream.v1 import runs_pb2
 from tests.faults.processes import Federation, digests, losses, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("encodings")]
 
 
 class Case(NamedTuple):
