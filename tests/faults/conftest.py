@@ -1,4 +1,5 @@
-"""One federation for all tests of this folder: its trainer processes take seconds to import torch, so they are shared."""
+"""One federation for all tests of this folder that a worker runs: its trainer processes take seconds to import torch, so they are
+shared."""
 
 from __future__ import annotations
 
