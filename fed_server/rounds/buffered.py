@@ -61,6 +61,10 @@ class Place:
     staleness: int
 
 
+OWN_ROUND = Place(0, 0, 0)
+"""Where rounds are synchronous: in the round of the assignment, and in time."""
+
+
 def place_of(model_version: int, opening: Opening, num_in: Mapping[int, int], size: int) -> Place:
     """The place of the next update that becomes durable, which began with `model_version`: in the first buffer that is not full.
     `num_in` counts the updates in each; every buffer before it will have made one version."""

@@ -35,6 +35,7 @@ from fed_server.config import (
 from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.buffered import staleness_notice
+from fed_server.rounds.buffered_run import BufferedRun
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select, within_population
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
@@ -128,7 +129,8 @@ class Coordinator:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _adopt(self, record: RunRecord, config: RunConfig) -> LiveRun:
-        run = LiveRun(self._facilities, self, record, config)
+        kind = BufferedRun if isinstance(config.rounds, BufferedConfig) else LiveRun
+        run = kind(self._facilities, self, record, config)
         await run.load()
         self._runs[record.run_id] = run
         self.assignments_changed(run.open_assignments())
@@ -523,8 +525,8 @@ class Coordinator:
             if self._choose(earlier, candidates).waits_for_busy:
                 reserved |= candidates.alive
         selection = self._choose(run, replace(self._candidates(run), reserved=frozenset(reserved)))
+        self._promised[run.run_id] = set(selection.cohort)
         if selection.cohort:
-            self._promised[run.run_id] = set(selection.cohort)
             self._turns += 1
             run.last_turn = self._turns
         return selection
@@ -532,7 +534,7 @@ class Coordinator:
     def _choose(self, run: LiveRun, candidates: Candidates) -> Selection:
         membership, cohort = self._facilities.membership, run.config.cohort
         is_settling = self._facilities.clock.monotonic() - membership.started < SETTLE_SECONDS
-        if run.is_buffered:
+        if isinstance(run, BufferedRun):
             return run.choose_next(candidates, is_settling=is_settling)
         return select(
             candidates,

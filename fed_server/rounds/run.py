@@ -1,4 +1,4 @@
-"""One active run: its driver, which carries out what `decide` decides.
+"""One active run: its driver, which carries out what `decide` decides. Buffered rounds differ from it in `buffered_run`.
 
 Every move is one transaction, made before anything of it is visible. Moves of one run never overlap (`_moving`); what takes long
 (folding, making a version, evaluating) happens between moves. The driver holds nothing that the store and the spooled updates
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from fed_core.codecs.registry import CODECS_OF
 from fed_core.errors import DiskFullError, FedstreamError, InvalidError, NoLongerNeededError
 from fed_core.failpoints import failpoint
 from fed_core.payload.manifest import Manifest
-from fed_core.payload.reader import PayloadReader
 from fed_core.plan import TrainingPlan
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import TensorSpec, variate_specs
@@ -30,13 +29,10 @@ from fed_server.aggregation.grid import GridPolicy, bounds_of, make_grid
 from fed_server.aggregation.loss_weight import RECEIVED_LOSS
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.normalized import Normalized
-from fed_server.aggregation.rebased import RebasedUpdate
 from fed_server.aggregation.registry import new_aggregator
-from fed_server.aggregation.staleness import ONE, staleness_weights
 from fed_server.aggregation.validate import Expected
 from fed_server.aggregation.variate import WithVariate, variate_grid
 from fed_server.config import (
-    BufferedConfig,
     DeltaDownlinkConfig,
     FedNovaConfig,
     LatticeDownlinkConfig,
@@ -49,18 +45,8 @@ from fed_server.optim.average import decay_at
 from fed_server.optim.schedule import Plateau
 from fed_server.optim.state import open_steps
 from fed_server.rounds.broadcast import VARIATE, WHOLE, Broadcasts
-from fed_server.rounds.buffered import (
-    BufferView,
-    Place,
-    decide_buffer,
-    first_opening,
-    place_of,
-    select_next,
-    staleness_metrics,
-    too_stale,
-    widest,
-)
-from fed_server.rounds.cohort import Candidates, Selection, Turns, broadcast_seed, client_seed
+from fed_server.rounds.buffered import OWN_ROUND, Place
+from fed_server.rounds.cohort import Turns, broadcast_seed, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
 from fed_server.rounds.downlink import lattice_for
 from fed_server.rounds.folding import Folding
@@ -138,10 +124,6 @@ class LiveRun:
         """Who has sent an update, by name; kept where the population is limited."""
         self.reports: dict[str, SiteReport] = {}
         """What each site said with its last update, by name."""
-        self._buffered = config.rounds if isinstance(config.rounds, BufferedConfig) else None
-        self._staleness_weights = (
-            staleness_weights(self._buffered.staleness, self._buffered.max_staleness) if self._buffered else ()
-        )
         self._grid_policy: GridPolicy = run_grid_policy(config)
         # That of the newest round.
         self._grid: dict[str, int] = {}
@@ -171,10 +153,8 @@ class LiveRun:
 
     @property
     def wants_clients(self) -> bool:
-        """Whether the run would ask clients to train now: it is between rounds, or has too few at work for its buffers."""
-        if self.record.state is not RunState.ACTIVE:
-            return False
-        return self.round is None if self._buffered is None else self._num_wanted() > 0
+        """Whether the run would ask clients to train now."""
+        return self.record.state is RunState.ACTIVE and self.round is None
 
     @property
     def next_round(self) -> int:
@@ -192,13 +172,11 @@ class LiveRun:
 
     def seconds_left(self, assignment: AssignmentRecord) -> float:
         """Seconds until the assignment is no longer waited for; -1 where there is no deadline."""
-        if self._buffered is None:
-            return self.deadline_seconds()
-        return self.config.schedule.deadline_seconds - (self.record.elapsed_seconds - assignment.asked_seconds)
+        return self.deadline_seconds()
 
     def deadline_seconds(self) -> float:
         """Seconds left of the round's present phase; -1 where there is no deadline."""
-        if self.round is None or self._buffered is not None:
+        if self.round is None:
             return -1.0
         phase = self.round.state
         limit = {
@@ -212,14 +190,9 @@ class LiveRun:
         return training_plan(self.config, assignment, self._plateau, self._surroundings.name_of(assignment.client_id))
 
     def expected(self, assignment: AssignmentRecord) -> Expected:
-        """What the assignment's update must be. Raises NoLongerNeededError when the round is over, or the update would be too
-        stale."""
-        if self._buffered is not None:
-            if late := too_stale(self._place(assignment).staleness, self._buffered.max_staleness):
-                raise NoLongerNeededError(late)
-        elif self.round is None or self.round.round != assignment.round or self.round.state is not RoundState.TRAINING:
-            raise NoLongerNeededError(f"round {assignment.round} of run {self.record.name} takes no more updates")
-        # Between buffers there is no round; and none of theirs has any of these.
+        """What the assignment's update must be. Raises NoLongerNeededError where it does not count any more."""
+        self._place(assignment)
+        # An update may come between rounds only where none has any of these.
         weights, scale = (self.round.weights, self.round.loss_scale) if self.round is not None else ({}, 0.0)
         return Expected(
             assignment_id=assignment.assignment_id,
@@ -368,10 +341,8 @@ class LiveRun:
         if self.round is None:
             return await self._open_round()
         match self.round.state:
-            case RoundState.TRAINING if self._buffered is not None:
-                return await self._fill_buffer()
             case RoundState.TRAINING:
-                decision = decide(self._view(AssignmentKind.TRAIN, self.config.schedule.deadline_seconds))
+                decision = await self._decide()
                 self._say(decision.reason)
                 if decision.verdict is Verdict.WAIT:
                     return self._patience()
@@ -390,10 +361,14 @@ class LiveRun:
                 self._say(decision.reason or "evaluating at the coordinator")
                 if decision.verdict is Verdict.WAIT:
                     return self._patience()
-                await (self._finish_evaluation if self._buffered is None else self._evaluate_beside_work)(decision)
+                await self._evaluate(decision)
                 return 0
             case _:
                 raise AssertionError(f"a finished round ({self.round.state}) is not driven")
+
+    async def _decide(self) -> Decision:
+        """Whether a round that takes updates goes on, closes or fails."""
+        return decide(self._view(AssignmentKind.TRAIN, self.config.schedule.deadline_seconds))
 
     def _patience(self) -> float:
         left = self.deadline_seconds()
@@ -475,9 +450,10 @@ class LiveRun:
         if self._max_abs is None or self._max_abs[0] != base.version:
             path = self._facilities.files.model_path(self.run_id, base.version)
             self._max_abs = (base.version, await self._facilities.workers.compute(largest_values, path))
-        if self._buffered is not None:
-            await self._open_buffer(number, base)
-            return 0
+        return await self._open(number, base, self._max_abs[1])
+
+    async def _open(self, number: int, base: ModelRecord, max_abs: Mapping[str, float]) -> float:
+        """Opens a round from a version with these largest values; seconds until it should be tried again, 0 where it is open."""
         selection = self._surroundings.select(self)
         if not selection.cohort:
             self._say(selection.reason)
@@ -496,7 +472,7 @@ class LiveRun:
             created_time=now,
             goal=goal,
             quorum=min(cohort_config.quorum, goal),
-            grid=make_grid(self.specs, self._max_abs[1], self._grid_policy),
+            grid=make_grid(self.specs, max_abs, self._grid_policy),
             weights=dict(correction.weights) if correction else {},
             weight_unit=correction.unit if correction else 0,
             chances=dict(correction.chances) if correction else {},
@@ -556,19 +532,21 @@ class LiveRun:
             if self.round is None:  # the run was cancelled meanwhile
                 return
             closed = replace(self.round, state=RoundState.AGGREGATING, reason=decision.reason)
-            if self._buffered is None:
-                dropped = self._dropped(f"round {closed.round} closed: {decision.reason}")
-            else:
-                dropped = self._too_stale_for(closed.base_version + 1)
+            dropped = self._called_off(closed)
             await self._write(self.record, closed, dropped)
         self._surroundings.assignments_changed(dropped)
+
+    def _called_off(self, round: RoundRecord) -> list[AssignmentRecord]:
+        """Work that nobody needs any more now that the round is closed or has failed, dropped."""
+        how = "failed" if round.state is RoundState.FAILED else "closed"
+        return self._dropped(f"round {round.round} {how}: {round.reason}")
 
     async def _fail_round(self, decision: Decision) -> None:
         async with self._moving:
             if self.round is None:  # the run was cancelled meanwhile
                 return
             failed = replace(self.round, state=RoundState.FAILED, reason=decision.reason)
-            dropped = [] if self._buffered else self._dropped(f"round {failed.round} failed: {decision.reason}")
+            dropped = self._called_off(failed)
             num_failed = self.record.num_failed_rounds + 1
             record = replace(
                 self.record, num_failed_rounds=num_failed, reason=f"round {failed.round} failed: {decision.reason}"
@@ -763,7 +741,7 @@ class LiveRun:
             self.round,
             state=RoundState.COMMITTED if is_last_phase else RoundState.EVALUATING,
             model_version=model.version,
-            metrics=self._training_metrics() | self._staleness_metrics(),
+            metrics=self._training_metrics(),
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
         if is_last_phase:
@@ -817,6 +795,9 @@ class LiveRun:
 
     def _evaluates_here(self, version: int) -> bool:
         return self.config.evaluation.at in ("coordinator", "both") and self._is_evaluated(version)
+
+    async def _evaluate(self, decision: Decision) -> None:
+        await self._finish_evaluation(decision)
 
     async def _finish_evaluation(self, decision: Decision) -> None:
         assert self.round is not None and self.round.model_version is not None
@@ -919,8 +900,6 @@ class LiveRun:
                 self._end_round()
         logger.info("run ended", extra={"run": self.record.name, "state": state.value, "reason": reason})
         self._surroundings.assignments_changed(dropped)
-        if self._buffered is not None:
-            await self._retire_versions()
         self.changed.notify()
 
     async def _fail_run(self, reason: str) -> None:
@@ -944,18 +923,13 @@ class LiveRun:
         first record. Raises NoLongerNeededError where the round takes no more."""
         async with self._moving:
             assignment = self.assignments.get(assignment_id)
-            if assignment is None or (self.round is None and self._buffered is None):
+            if assignment is None:
                 raise NoLongerNeededError("the round of this assignment is over")
             if assignment.state is AssignmentState.RECEIVED:
                 return assignment
-            if assignment.state is not AssignmentState.OPEN or not self._takes_updates:
-                raise NoLongerNeededError(assignment.reason or f"round {assignment.round} takes no more updates")
-            place = Place(0, 0, 0)
-            if self._buffered is not None:
-                place = self._place(assignment)
-                if late := too_stale(place.staleness, self._buffered.max_staleness):
-                    raise NoLongerNeededError(late)
-                weight = self._staleness_weights[place.staleness]
+            if assignment.state is not AssignmentState.OPEN:
+                raise NoLongerNeededError(assignment.reason)
+            place = self._place(assignment)
             update = manifest.update
             assert update is not None
             received = replace(
@@ -964,7 +938,7 @@ class LiveRun:
                 received_time=self._facilities.clock.now(),
                 digest=manifest.digest.hex(),
                 num_examples=update.num_examples,
-                weight=weight,
+                weight=self._weight(weight, place),
                 num_steps=update.num_steps,
                 is_partial=update.is_partial,
                 training_seconds=update.training_seconds,
@@ -1071,164 +1045,6 @@ class LiveRun:
                 assignment, **{name: getattr(assignment, name) + count for name, count in more.items()}
             )
 
-    # Buffered rounds
-
-    @property
-    def is_buffered(self) -> bool:
-        """Whether clients do not wait for each other."""
-        return self._buffered is not None
-
-    async def _open_buffer(self, number: int, base: ModelRecord) -> None:
-        assert self._max_abs is not None
-        opened = RoundRecord(
-            run_id=self.run_id,
-            round=number,
-            state=RoundState.TRAINING,
-            reason="the buffer is open",
-            base_version=base.version,
-            created_time=self._facilities.clock.now(),
-            goal=self.config.cohort.size,
-            quorum=self.config.cohort.quorum,
-            grid=widest(make_grid(self.specs, self._max_abs[1], self._grid_policy), self._grid),
-        )
-        await self._tick()
-        async with self._moving:
-            if not await self._write(replace(self.record, round=number, reason=opened.reason), opened):
-                return
-            self._waited_seconds = 0.0
-            self._grid = opened.grid
-            self._begin_folding()
-            for update in self._received(AssignmentKind.TRAIN):  # those that came while the last version was made
-                self._folding.put(update)
-        logger.info("buffer opened", extra={"run": self.record.name, "round": number, "base_version": base.version})
-
-    async def _fill_buffer(self) -> float:
-        await self._drop_late()
-        asking = await self._ask_clients()
-        if self.round is None:  # the run was cancelled meanwhile
-            return 0
-        decision = decide_buffer(
-            BufferView(
-                goal=self.round.goal,
-                quorum=self.round.quorum,
-                staleness=[a.staleness for a in self._received(AssignmentKind.TRAIN)],
-                at_work=[self._member(a) for a in self.open_assignments()],
-                failed=[self._member(a) for a in self._failed_in(self.round.round)],
-                asking=asking,
-            )
-        )
-        self._say(decision.reason)
-        if decision.verdict is Verdict.WAIT:
-            return self._patience()
-        await (self._close if decision.verdict is Verdict.CLOSE else self._fail_round)(decision)
-        return 0
-
-    async def _evaluate_beside_work(self, decision: Decision) -> None:
-        """Evaluates while clients are asked to train from the version that is evaluated."""
-        evaluation = asyncio.create_task(self._finish_evaluation(decision))
-        evaluation.add_done_callback(lambda _: self.changed.notify())
-        try:
-            while not evaluation.done():
-                seen = self.changed.count
-                await self._drop_late()
-                await self._ask_clients()
-                if not evaluation.done():
-                    await self.changed.wait(seen, 1.0)
-        finally:
-            evaluation.cancel()
-        await evaluation
-
-    async def _drop_late(self) -> None:
-        """Gives up those who are over their deadline."""
-        limit = self.config.schedule.deadline_seconds
-        async with self._moving:
-            late = [a for a in self.open_assignments() if self.seconds_left(a) <= 0]
-            dropped = self._dropped(f"no update within the deadline of {limit:g} s", late)
-            if dropped:
-                await self._write(self.record, None, dropped)
-        self._surroundings.assignments_changed(dropped)
-
-    async def _ask_clients(self) -> Selection:
-        """Has enough clients at work, those who are asked now with the newest version."""
-        if self._num_wanted() <= 0:
-            return Selection((), "enough clients are at work")
-        selection = self._surroundings.select(self)
-        if not selection.cohort:
-            return selection
-        ids = self._surroundings.client_ids(selection.cohort)
-        async with self._moving:
-            if self.round is None:  # the run was cancelled meanwhile
-                return selection
-            number, version = self.round.round, self.record.model_version
-            asked = self._times_asked(number)
-            assignments = [
-                self._new_assignment(number, ids[name], name, AssignmentKind.TRAIN, version, asked.get(name, 0))
-                for name in selection.cohort
-            ]
-            if not await self._write(self.record, None, assignments):
-                return selection
-            self.assignments |= {a.assignment_id: a for a in assignments}
-            self._note_selected(assignments)
-        self._surroundings.assignments_changed(assignments)
-        return selection
-
-    def choose_next(self, candidates: Candidates, *, is_settling: bool) -> Selection:
-        """Whom to ask now so that enough are at work."""
-        number, cohort, name_of = self.record.round, self.config.cohort, self._surroundings.name_of
-        return select_next(
-            candidates,
-            seed=self.config.seed,
-            round=number,
-            count=self._num_wanted(),
-            min_clients=cohort.min_clients,
-            is_settling=is_settling,
-            selection=cohort.selection,
-            turns=self.turns,
-            at_work={name_of(a.client_id) for a in self.open_assignments()},
-            asked=self._times_asked(number),
-            failed={name_of(a.client_id) for a in self._failed_in(number)},
-        )
-
-    def _num_wanted(self) -> int:
-        """How many more clients should be at work. None where a version is about to be made: they would begin with an old one."""
-        if self._buffered is None or self.round is None or self.round.state is RoundState.AGGREGATING:
-            return 0
-        if self.round.state is RoundState.TRAINING and len(self._received(AssignmentKind.TRAIN)) >= self.round.goal:
-            return 0
-        return self._buffered.concurrency - sum(self._member(a).is_alive for a in self.open_assignments())
-
-    def _times_asked(self, number: int) -> dict[str, int]:
-        asked = [self._surroundings.name_of(a.client_id) for a in self.assignments.values() if a.round == number]
-        return {name: asked.count(name) for name in asked}
-
-    def _failed_in(self, number: int) -> list[AssignmentRecord]:
-        failed = (AssignmentState.FAILED, AssignmentState.DROPPED)
-        return [a for a in self.assignments.values() if a.state in failed and a.outcome_round == number]
-
-    @property
-    def _present_buffer(self) -> int:
-        """In whose time work that ends now came to nothing; 0 where rounds are synchronous and it is its own round's."""
-        return 0 if self._buffered is None else self.record.round
-
-    def _place(self, assignment: AssignmentRecord) -> Place:
-        """Where the assignment's update would fall now."""
-        updates = [a.buffer for a in self.assignments.values() if a.state is AssignmentState.RECEIVED]
-        return place_of(
-            assignment.model_version,
-            first_opening(self.round, self.next_round, self.record.model_version),
-            {number: updates.count(number) for number in updates},
-            self.config.cohort.size,
-        )
-
-    def _too_stale_for(self, version: int) -> list[AssignmentRecord]:
-        """The open assignments whose updates cannot count any more when they are to be added to this version, dropped."""
-        assert self._buffered is not None
-        dropped = []
-        for assignment in self.open_assignments():
-            if late := too_stale(version - assignment.model_version, self._buffered.max_staleness):
-                dropped += self._dropped(late, [assignment])
-        return dropped
-
     # Within a move
 
     async def _write(
@@ -1270,10 +1086,20 @@ class LiveRun:
         self.changed.notify()
         return True
 
+    def _place(self, assignment: AssignmentRecord) -> Place:
+        """Where the assignment's update counts. Raises NoLongerNeededError where it does not."""
+        if self.round is None or self.round.round != assignment.round or self.round.state is not RoundState.TRAINING:
+            raise NoLongerNeededError(f"round {assignment.round} of run {self.record.name} takes no more updates")
+        return OWN_ROUND
+
+    def _weight(self, weight: int, place: Place) -> int:
+        """What an update counts that has this weight by itself."""
+        return weight
+
     @property
-    def _takes_updates(self) -> bool:
-        """Whether there is a buffer for an update, or a round that waits for it."""
-        return self._buffered is not None or (self.round is not None and self.round.state is RoundState.TRAINING)
+    def _present_buffer(self) -> int:
+        """In whose time work comes to nothing now, as its record has it."""
+        return OWN_ROUND.buffer
 
     def _dropped(self, reason: str, which: Iterable[AssignmentRecord] | None = None) -> list[AssignmentRecord]:
         """All that are open, or some of them, as they are when they are dropped."""
@@ -1297,24 +1123,12 @@ class LiveRun:
         self.round, self.assignments = None, stays
 
     def _begin_folding(self) -> None:
-        self._folding.begin(self._new_aggregate, None if self._buffered is None else self._open_rebased)
+        self._folding.begin(self._new_aggregate)
 
-    @contextmanager
-    def _open_rebased(self, update: AssignmentRecord) -> Iterator[PayloadReader]:
-        """An update as one of the version that the open buffer is added to."""
-        assert self.round is not None
-        files, newest = self._facilities.files, self.round.base_version
-        path = files.update_path(update.assignment_id)
-        if update.model_version == newest:
-            with PayloadReader(path) as reader:
-                yield reader
-            return
-        with (
-            SafetensorsReader(files.model_path(self.run_id, update.model_version)) as began_with,
-            SafetensorsReader(files.model_path(self.run_id, newest)) as added_to,
-            RebasedUpdate(path, began_with, added_to) as reader,
-        ):
-            yield reader
+    @property
+    def _divisor(self) -> int | None:
+        """What a mean's sum is divided by, where that is not the sum of weights."""
+        return None
 
     def _new_aggregate(self) -> Aggregator:
         assert self.round is not None
@@ -1328,7 +1142,7 @@ class LiveRun:
             scratch_folder,
             self._sum_memory,
             loss_weighting=loss_weighting(self.config, self.round.loss_scale),
-            divisor=None if self._buffered is None else self.config.cohort.size * ONE,
+            divisor=self._divisor,
             learning_rate=self.config.training.optimizer.learning_rate,
         )
         aggregator = new_aggregator(setting, aggregation)
@@ -1343,11 +1157,6 @@ class LiveRun:
     def _training_metrics(self) -> Metrics:
         received = self._received(AssignmentKind.TRAIN)
         return {f"train.{name}": value for name, value in mean_metrics(received).items()}
-
-    def _staleness_metrics(self) -> Metrics:
-        if self._buffered is None:
-            return {}
-        return staleness_metrics([a.staleness for a in self._received(AssignmentKind.TRAIN)])
 
     def _evaluation_metrics(self) -> Metrics:
         return mean_metrics(self._received(AssignmentKind.EVALUATE))

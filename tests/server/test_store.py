@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -489,6 +490,40 @@ def test_a_run_of_an_earlier_fedstream_is_read_with_the_defaults_of_what_is_new(
     store.close()
     new = {field.name: field.default for field in fields(RunRecord) if field.name not in known}
     assert found == replace(RUN, **new)
+
+
+@pytest.mark.parametrize("before", ["0003", "0006"])
+def test_work_that_an_earlier_fedstream_gave_out_is_as_it_was(database: Path, before: str) -> None:
+    """The table is copied where a client may be asked more than once in a round."""
+    engine = sa.create_engine(f"sqlite:///{database}", poolclass=sa.NullPool)
+    settings = Config()
+    settings.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with engine.begin() as connection:
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, before)
+        for record in (CLIENT, RUN, ROUND, ASSIGNMENT):
+            table = TABLES[type(record)].name
+            known = {column["name"] for column in sa.inspect(connection).get_columns(table)}
+            row = {
+                name: json.dumps(value) if isinstance(value, dict) else getattr(value, "value", value)
+                for name, value in vars(record).items()
+                if name in known
+            }
+            names = ", ".join(row)
+            connection.execute(
+                sa.text(f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in row)})"), row
+            )
+    store = SqlStore(f"sqlite:///{database}")
+    new = {field.name: field.default for field in fields(AssignmentRecord) if field.name not in known}
+    expected = replace(ASSIGNMENT, **new)
+    with store.transaction() as tx:
+        assert tx.assignments("r1") == [expected]
+        tx.put(replace(expected, assignment_id="again", turn=1))
+    with pytest.raises(ConflictError, match="turn 1 is taken"):
+        put(store, replace(expected, assignment_id="once more", turn=1))
+    with pytest.raises(IntegrityError):
+        put(store, replace(expected, assignment_id="nobody", client_id="nobody"))
+    store.close()
 
 
 def test_an_up_to_date_database_is_opened_without_alembic(database: Path) -> None:
