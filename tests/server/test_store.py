@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -577,6 +578,18 @@ def test_a_child_without_its_parent_is_our_own_fault(database: Path) -> None:
     with store.transaction() as tx:
         assert tx.rounds("r1") == []
     put(store, RUN, ROUND)
+    store.close()
+
+
+def test_the_work_of_a_round_is_found_without_going_through_the_run(database: Path) -> None:
+    store = SqlStore(f"sqlite:///{database}")
+    with store._connection.begin():
+        for statement in (sql._ASSIGNMENTS_OF_ROUND, sql._ASSIGNMENTS_FROM_ROUND):
+            text = statement.params(run_id="r1", round=9).compile(store._engine, compile_kwargs={"literal_binds": True})
+            plan = [row[3] for row in store._connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}")]
+            searches = [step for step in plan if "SEARCH" in step]
+            assert len(searches) == 2, plan
+            assert all(re.search(r"\(run_id=\? AND (round|buffer)[=>]\?", step) for step in searches), plan
     store.close()
 
 
