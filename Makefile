@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-algorithms bench-poisoned bench-feedback proto clean
+.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-algorithms bench-poisoned bench-variates bench-feedback proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
@@ -52,6 +52,9 @@ bench-algorithms: .stamps/setup ## Compare algorithms with federated averaging o
 
 bench-poisoned: .stamps/setup ## Measure the robust rules under six attacks (an hour for all rows)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.poisoned $(ARGS)
+
+bench-variates: .stamps/setup ## Measure SCAFFOLD when updates lose something (hours for all rows)
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.variates $(ARGS)
 
 bench-feedback: .stamps/setup ## Measure error feedback, EF21 and CAFe on coarse codecs (an hour for all rows)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.feedback $(ARGS)

@@ -429,21 +429,11 @@ class FedDynConfig(VariateConfig):
 class ScaffoldConfig(VariateConfig):
     """The workload's loss, with gradients that are corrected by what all sites' are in the mean less what the site's own are
     (SCAFFOLD, Karimireddy et al. 2020), for sites whose data differ. A site carries its variate from round to round, and the common
-    one travels beside the model. Needs the optimizer sgd and [uplink] kind = "raw"."""
+    one travels beside the model. Needs the optimizer sgd."""
 
     kind: Literal["scaffold"] = Field(
-        default="scaffold", description="Gradients corrected towards those of all sites. Needs sgd and a raw uplink."
+        default="scaffold", description="Gradients corrected towards those of all sites. Needs sgd."
     )
-
-    def problems(self, run: RunConfig) -> dict[str, str]:
-        """See `VariateConfig.problems`."""
-        problems = super().problems(run)
-        if run.uplink.kind != "raw":
-            problems["uplink"] = (
-                f"scaffold takes the sites' gradients from their updates, and what {run.uplink.kind} loses of those would come "
-                'back in every gradient of the next rounds; write kind = "raw" under [uplink], or take another objective'
-            )
-        return problems
 
 
 ObjectiveConfig = Annotated[

@@ -138,6 +138,22 @@ async def test_versions_are_those_of_the_paper_and_c_is_the_mean_of_the_sites(
     assert len(of_variates) == 1, "one a version, whoever asks; the earlier ones are deleted"
 
 
+@pytest.mark.parametrize("uplink", ['kind = "uniform"\nbits = 3', 'kind = "sign"', 'kind = "auto"'])
+async def test_c_is_the_mean_of_the_sites_whatever_the_updates_lose(house: House, tmp_path: Path, uplink: str) -> None:
+    """Both sides go by what the coordinator decodes, with error feedback too."""
+    toml = text(6).replace('[uplink]\nkind = "raw"', f"[uplink]\n{uplink}")
+    assert uplink in toml
+    await off_loop(house.operator.submit, toml, MODEL)
+    sites = [await off_loop(TrainingSite, house, name, tmp_path / name, OVERRIDES.get(name)) for name in SITES]
+    await play(house, sites, range(1, 6))
+    run_id = (await off_loop(house.operator.run)).run_id
+    c = await off_loop(kept, house, 5)
+    assert c["w"].abs().max() > 0.05
+    for name, tensor in c.items():
+        mean = torch.stack([site.variate(run_id)[name] for site in sites]).mean(0)
+        torch.testing.assert_close(tensor, mean, rtol=1e-5, atol=1e-6)
+
+
 async def test_a_restart_changes_no_bit(tmp_path: Path) -> None:
     results = []
     for name, restarts in (("well", []), ("restarted", [1, 3])):
@@ -318,7 +334,6 @@ def test_the_grid_holds_what_the_largest_cohort_can_bring() -> None:
         (", population = 3", "", "training.objective.population: is missing; write population = 10 under"),
         ("population = 3", "population = 2", "training.objective.population: expected at least cohort.min_clients (3), got 2"),
         ("population = 3", "population = 3, strength = 1", "training.objective.strength: there is no such key"),
-        ('[uplink]\nkind = "raw"', '[uplink]\nkind = "auto"', "uplink: scaffold takes the sites' gradients from their updates"),
         (
             f'kind = "sgd", learning_rate = {RATE}, momentum = {MOMENTUM}, weight_decay = {DECAY}',
             'kind = "adamw"',
