@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-algorithms bench-poisoned bench-variates bench-feedback proto clean
+.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-algorithms bench-label-skew bench-poisoned bench-variates bench-feedback proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
@@ -49,6 +49,9 @@ bench-bytes: .stamps/setup ## Measure the bytes that accuracy costs, both ways: 
 
 bench-algorithms: .stamps/setup ## Compare algorithms with federated averaging on uneven data (hours for all rows; ARGS=--tune first)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.algorithms $(ARGS)
+
+bench-label-skew: .stamps/setup ## Train where every site has one label (minutes)
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.label_skew $(ARGS)
 
 bench-poisoned: .stamps/setup ## Measure the robust rules under six attacks (an hour for all rows)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.poisoned $(ARGS)

@@ -20,6 +20,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import torch
 
 NUM_SITES: Final = 100
+"""Unless a federation says otherwise."""
 NUM_HELD_OUT: Final = 5000
 _WORKLOADS: Final = Path(__file__).parent.parent / "examples" / "mnist" / "workload.py"
 WORKLOADS: Final = {"2nn": f"{_WORKLOADS}:TwoNN", "cnn": f"{_WORKLOADS}:CNN"}
@@ -44,6 +45,7 @@ class Federation:
     seed: int
     options: Mapping[str, str]
     is_tuning: bool = False
+    num_sites: int = NUM_SITES
     overrides: Sequence[Mapping[str, Any]] = ()
     seconds: Sequence[float] = ()
 
@@ -116,7 +118,7 @@ def socket_bytes(port: int) -> tuple[int | None, int | None]:
 
 
 def train(config: str, federation: Federation, source: Path, folder: Path, label: str) -> Trained:
-    """One run from version 0 to its end, with a coordinator process and a hundred sites of its own; `folder` is empty. Progress
+    """One run from version 0 to its end, with a coordinator process and sites of its own; `folder` is empty. Progress
     goes to stderr. Raises RuntimeError where the run did not finish."""
     from benchmarks.echo_rounds import Watched
     from benchmarks.light_operator import Operator
@@ -141,9 +143,14 @@ def train(config: str, federation: Federation, source: Path, folder: Path, label
         model = initial_model({"2nn": TwoNN, "cnn": CNN}[federation.model](), federation.seed)
         operator.submit(config, model_tensors(model), specs=model_specs(model))
         options = [
-            {"site": str(site), "num_sites": str(NUM_SITES), "partition_seed": str(federation.seed), "held_out": "0"}
+            {
+                "site": str(site),
+                "num_sites": str(federation.num_sites),
+                "partition_seed": str(federation.seed),
+                "held_out": "0",
+            }
             | dict(federation.options)
-            for site in range(NUM_SITES)
+            for site in range(federation.num_sites)
         ]
         journal = Journal()
         journal.configure()

@@ -2,9 +2,9 @@
 
 `--data DIR` (and `--evaluation-data DIR` at the coordinator) holds the four IDX files under their usual names, with or without .gz.
 
-    --option split=iid         iid (default); shards: every site has two digits (the paper's non-IID split); dirichlet: every site
-                               has its own mix of digits; writers: every site has some of the people who wrote the digits,
-                               which needs DIR/writers.npz
+    --option split=iid         iid (default); shards: every site has two digits (the paper's non-IID split); label: every site has
+                               one digit; dirichlet: every site has its own mix of digits; writers: every site has some of the
+                               people who wrote the digits, which needs DIR/writers.npz
     --option alpha=0.1         how even the digits of a site are with split=dirichlet: 0.1 very uneven, 100 nearly IID
     --option site=0            which part is this site's, from 0
     --option num_sites=100     into how many parts the 60,000 training images are divided
@@ -32,7 +32,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Examples: TypeAlias = tuple[Tensor, Tensor]
 
 NUM_CLASSES = 10
-SPLITS = ("iid", "shards", "dirichlet", "writers")
+SPLITS = ("iid", "shards", "label", "dirichlet", "writers")
 
 
 def read_idx(folder: Path, name: str) -> Array:
@@ -88,6 +88,11 @@ def own_indices(site: Site, labels: Array) -> Array:
         shards = np.array_split(np.argsort(labels, kind="stable"), 2 * num_sites)
         mine = np.array_split(rng.permutation(2 * num_sites), num_sites)[index]
         return rng.permutation(np.concatenate([shards[shard] for shard in mine]))
+    if split == "label":
+        if num_sites % NUM_CLASSES:
+            raise ConfigError(f"option num_sites is {num_sites}; expected a multiple of {NUM_CLASSES} with split=label")
+        digit, part = index % NUM_CLASSES, index // NUM_CLASSES
+        return np.array_split(rng.permutation(np.flatnonzero(labels == digit)), num_sites // NUM_CLASSES)[part]
     if split == "dirichlet":
         alpha = site.number("alpha", 0.1)
         if not 0 < alpha < math.inf:

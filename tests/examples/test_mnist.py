@@ -108,6 +108,12 @@ def test_shards_have_few_digits(small: Path) -> None:
         assert len(digits) <= 2
 
 
+def test_a_site_of_one_label_has_one_digit_and_all_sites_have_everything(small: Path) -> None:
+    parts = [site_data(small, split="label", site=site, num_sites=20, held_out=0)[0] for site in range(20)]
+    assert [{number % 10 for number in part} for part in parts] == [{site % 10} for site in range(20)]
+    assert sorted(number for part in parts for number in part) == list(range(120))
+
+
 def test_the_mix_of_digits_is_as_even_as_asked(small: Path) -> None:
     def largest_share(alpha: float) -> float:
         shares = []
@@ -131,7 +137,8 @@ def test_nothing_held_out_means_no_evaluation(small: Path) -> None:
     ("options", "said"),
     [
         ({"site": 4, "num_sites": 4}, "option site is 4"),
-        ({"split": "random"}, "expected one of iid, shards, dirichlet, writers"),
+        ({"split": "random"}, "expected one of iid, shards, label, dirichlet, writers"),
+        ({"split": "label", "num_sites": 7}, "expected a multiple of 10"),
         ({"split": "dirichlet", "alpha": 0}, "option alpha is 0"),
         ({"writer": 31}, "nobody has the number 31"),
         ({"split": "writers", "num_sites": 21}, "there are 20 writers"),
