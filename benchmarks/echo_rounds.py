@@ -203,7 +203,7 @@ def measure_fedstream(name: str, size: str, num_clients: int, rounds: int, folde
     from benchmarks.light_operator import Operator
     from fedstream.v1 import runs_pb2
 
-    data = Path(folder) / f"data-{name.replace(' ', '-')}-{size}-{num_clients}"
+    data = Path(folder) / f"data-{name.replace(' ', '-').replace(',', '')}-{size}-{num_clients}"
     server = Watched(
         ["fed_server.cli.server", "run", "--data-dir", str(data), "--listen", "127.0.0.1:0", "--drain-seconds", "0",
          "--log-level", "warning", "--metrics-listen", "127.0.0.1:0"]
