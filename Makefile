@@ -38,7 +38,7 @@ check: .stamps/setup .stamps/proto ## Format, lint, types, import arrows, the co
 bench: .stamps/setup ## Measure rounds without training against their floors (docs/benchmarks.md says how to read it)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.echo_rounds $(ARGS)
 
-bench-quick: .stamps/setup ## The same for three sizes, in two minutes
+bench-quick: .stamps/setup ## The same for two sizes, in two minutes
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.echo_rounds --quick $(ARGS)
 
 bench-codecs: .stamps/setup ## Measure what codecs cost and lose, on synthetic vectors and on updates of real clients
