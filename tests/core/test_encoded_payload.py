@@ -336,7 +336,7 @@ def test_a_writer_that_forgets_the_result_writes_nothing() -> None:
     ("change", "complaint"),
     [
         (lambda m: setattr(m, "base_digest", b""), "an update or a delta names the digest of its base model"),
-        (lambda m: setattr(m, "round", 3), "a model or a delta belongs to no round; here it says 3"),
+        (lambda m: setattr(m, "round", 3), "a model, a delta or a variate belongs to no round; here it says 3"),
         (lambda m: m.update.MergeFrom(INFO.to_proto()), "says what work is behind it, and nothing else does"),
         (lambda m: setattr(m, "model_version", -1), "model version -1"),
     ],

@@ -321,18 +321,14 @@ async def test_a_manifest_that_claims_more_than_there_is_costs_no_memory(
     trial: Trial, claim: Callable[[payload_pb2.Manifest], None]
 ) -> None:
     process, forged = psutil.Process(), forge(trial.encode(), claim)
-
-    async def send() -> int:
+    gc.collect()
+    before = process.memory_info().rss
+    for _ in range(3):
         with pytest.raises((PayloadError, UpdateRefusedError)):
             await trial.send(forged)
-        gc.collect()
-        return process.memory_info().rss
-
-    # The first fills the allocator's pools, whose size is up to what this process did before; the claims begin at 500 MB each.
-    before = await send()
-    for _ in range(3):
-        after = await send()
-    assert after - before < 64 * 2**20
+    gc.collect()
+    # The claims begin at 500 MB each. What the allocator keeps of 16 MiB of specs is up to what this process did before.
+    assert process.memory_info().rss - before < 200 * 2**20
     await trial.is_unharmed()
 
 
