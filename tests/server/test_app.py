@@ -398,7 +398,7 @@ async def test_a_coordinator_that_drains_lets_a_transfer_end_and_takes_no_new_wo
         await reached.wait()
         await house.app.__aexit__(None, None, None)
         # A call that had not arrived yet is cancelled by gRPC, to be made again all the same.
-        with pytest.raises(UnavailableError, match="stopping; it will be back|CANCELLED"):
+        with pytest.raises(UnavailableError, match=r"stopping; it will be back|CANCELLED"):
             await polling
         receipt = await upload
     async with open_house(tmp_path / "data") as house:
