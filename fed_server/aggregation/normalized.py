@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from fed_core.payload.reader import PayloadReader
-from fed_core.specs import PARAMETER, TensorSpec
+from fed_server.aggregation.around import Scaled
 from fed_server.aggregation.base import Aggregator
 
 
-class Normalized:
+class Normalized(Scaled[Aggregator]):
     """FedNova around any aggregator (Wang et al. 2020, https://arxiv.org/abs/2007.07481, equation 7): clients sent d_i = update_i /
     a_i, a_i being the work behind it, and what they have in common is scaled back by tau_eff = sum w_i a_i / sum w_i. Whoever does
     more steps than others pulls the model no further in its own direction than its weight says.
@@ -20,41 +18,16 @@ class Normalized:
     is summed exactly and rounded once, so no order of arrival changes it. Memory: two numbers an update."""
 
     def __init__(self, aggregator: Aggregator) -> None:
-        self._aggregator = aggregator
+        super().__init__(aggregator)
         self._work: list[tuple[int, float]] = []
-
-    @property
-    def num_updates(self) -> int:
-        """Updates folded so far."""
-        return self._aggregator.num_updates
-
-    @property
-    def total_weight(self) -> int:
-        """Sum of their weights."""
-        return self._aggregator.total_weight
 
     def add(self, update: PayloadReader, weight: int) -> None:
         """See `Aggregator.add`; the update's manifest says what it was divided by."""
         info = update.manifest.update
         assert info is not None, "updates are verified before they are folded"
-        self._aggregator.add(update, weight)
+        super().add(update, weight)
         self._work.append((weight, info.normalizer))
 
-    def can_report(self) -> bool:
-        """See `Aggregator.can_report`."""
-        return self._aggregator.can_report()
-
-    def prepare(self) -> None:
-        """See `Aggregator.prepare`."""
-        self._aggregator.prepare()
-
-    def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:
-        """See `Aggregator.report`."""
-        tile = self._aggregator.report(spec, first, count)
-        if tile is None or spec.role != PARAMETER or not tile.is_floating_point():
-            return tile
-        return tile * self.effective_work()
-
-    def effective_work(self) -> float:
+    def factor(self) -> float:
         """tau_eff."""
         return math.fsum(weight * work for weight, work in self._work) / sum(weight for weight, _ in self._work)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import PARAMETER, TensorSpec
+from fed_server.aggregation.around import Scaled
 from fed_server.aggregation.loss_weight import LossWeighting
 from fed_server.aggregation.mean import WeightedMean, as_reals
 
@@ -16,7 +17,7 @@ from fed_server.aggregation.mean import WeightedMean, as_reals
 _BLOCK = 2**14
 
 
-class QFedAvg:
+class QFedAvg(Scaled[WeightedMean]):
     """q-FedAvg (Li, Sanjabi, Beirami and Smith 2020, https://arxiv.org/abs/1905.10497, algorithm 2). With u_k = w_k - w the update
     of site k, F_k its loss at w, and L the Lipschitz constant that the step size stands for, the paper's
 
@@ -31,20 +32,10 @@ class QFedAvg:
     update."""
 
     def __init__(self, mean: WeightedMean, weighting: LossWeighting, lipschitz: float) -> None:
-        self._mean = mean
+        super().__init__(mean)
         self._weighting = weighting
         self._lipschitz = lipschitz
         self._curvatures: list[float] = []
-
-    @property
-    def num_updates(self) -> int:
-        """Updates folded so far."""
-        return self._mean.num_updates
-
-    @property
-    def total_weight(self) -> int:
-        """Sum of their weights."""
-        return self._mean.total_weight
 
     def add(self, update: PayloadReader, weight: int) -> None:
         """See `Aggregator.add`; the update's manifest says the loss."""
@@ -56,7 +47,7 @@ class QFedAvg:
             if spec.role == PARAMETER:
                 squares.extend(float(part.double().square_().sum()) for part in torch.split(as_reals(tile), _BLOCK))
 
-        self._mean.add(update, weight, see)
+        self._aggregator.add(update, weight, see)
         self._curvatures.append(self._curvature(self._weighting.loss_of(info), fsum(squares)))
 
     def _curvature(self, loss: float, squared_norm: float) -> float:
@@ -65,16 +56,6 @@ class QFedAvg:
         unit: float = self._weighting.max_weight / scale * (loss / scale) ** (q - 1)
         return q * self._lipschitz * squared_norm * unit
 
-    def can_report(self) -> bool:
-        """See `Aggregator.can_report`."""
-        return self._mean.can_report()
-
-    def prepare(self) -> None:
-        """Nothing is left to decide."""
-
-    def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:
-        """See `Aggregator.report`."""
-        tile = self._mean.report(spec, first, count)
-        if tile is None or spec.role != PARAMETER or not tile.is_floating_point():
-            return tile
-        return tile * (self.total_weight / fsum([float(self.total_weight), *self._curvatures]))
+    def factor(self) -> float:
+        """The weights over the denominators."""
+        return self.total_weight / fsum([float(self.total_weight), *self._curvatures])

@@ -8,7 +8,8 @@ from math import ceil, floor, log2
 from torch import Tensor
 
 from fed_core.payload.reader import PayloadReader
-from fed_core.specs import TensorSpec, variate_specs
+from fed_core.specs import variate_specs
+from fed_server.aggregation.around import Around
 from fed_server.aggregation.base import Aggregator, AggregatorSetting
 from fed_server.aggregation.exact import ExactSum, scratch_tile
 from fed_server.aggregation.grid import GridPolicy
@@ -24,7 +25,7 @@ def variate_grid(grid: Mapping[str, int], policy: GridPolicy, least_work: float)
     }
 
 
-class WithVariate:
+class WithVariate(Around[Aggregator]):
     """SCAFFOLD around an aggregator (Karimireddy et al. 2020, https://arxiv.org/abs/1910.06378, algorithm 1, option II): besides
     what the aggregator makes of the updates, adds up update_i / a_i over all of them, a_i being the work that update i says is
     behind it.
@@ -36,7 +37,7 @@ class WithVariate:
 
     def __init__(self, aggregator: Aggregator, setting: AggregatorSetting, exponents: Mapping[str, int]) -> None:
         """`exponents` as `variate_grid` makes them."""
-        self._aggregator = aggregator
+        super().__init__(aggregator)
         scratch = scratch_tile()
         self._sums = {
             spec.name: ExactSum(
@@ -45,37 +46,15 @@ class WithVariate:
             for spec in variate_specs(setting.specs)
         }
 
-    @property
-    def num_updates(self) -> int:
-        """Updates folded so far."""
-        return self._aggregator.num_updates
-
-    @property
-    def total_weight(self) -> int:
-        """Sum of their weights."""
-        return self._aggregator.total_weight
-
     def add(self, update: PayloadReader, weight: int) -> None:
         """See `Aggregator.add`; the update's manifest says what work is behind it."""
         info = update.manifest.update
         assert info is not None, "updates are verified before they are folded"
-        self._aggregator.add(update, weight)
+        super().add(update, weight)
         for name, total in self._sums.items():
             num_reals = update.entry(name).spec.reals_per_element
             for first, tile in update.iter_tiles(name):
                 total.add(first * num_reals, as_reals(tile), 1 / info.work)
-
-    def can_report(self) -> bool:
-        """See `Aggregator.can_report`."""
-        return self._aggregator.can_report()
-
-    def prepare(self) -> None:
-        """See `Aggregator.prepare`."""
-        self._aggregator.prepare()
-
-    def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:
-        """See `Aggregator.report`."""
-        return self._aggregator.report(spec, first, count)
 
     def report_quotients(self, name: str, first: int, count: int) -> Tensor:
         """The sum of update / work for `count` reals of a tensor from `first` on, 1-D float64."""
