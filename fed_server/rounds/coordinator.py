@@ -36,7 +36,7 @@ from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.buffered import staleness_notice
 from fed_server.rounds.buffered_run import BufferedRun
-from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select, within_population
+from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select, some, within_population
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
 from fed_server.rounds.policy import importance_policy, population, run_grid_policy, server_optimizer
@@ -470,9 +470,9 @@ class Coordinator:
             "aggregation.importance": config.aggregation.importance,
         }
         parts = [
-            f"{', '.join(unknown[:5])}{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''} ({field})"
+            f"{some(unknown)} ({field})"
             for field, sites in named.items()
-            if (unknown := sorted(set(sites) - set(self._ids)))
+            if (unknown := set(sites) - set(self._ids))
         ]
         if not parts:
             return ""

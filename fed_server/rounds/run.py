@@ -1059,7 +1059,9 @@ class LiveRun:
         if self.record.state is not RunState.ACTIVE:
             return False
         changed, is_record_new = list(assignments), record is not self.record
-        traffic = [a for a in self.assignments.values() if a.assignment_id not in {c.assignment_id for c in changed}]
+        # What has been counted of the others' traffic goes along with a round's own moves.
+        ids = {assignment.assignment_id for assignment in changed}
+        traffic = [a for a in self.assignments.values() if a.assignment_id not in ids] if round is not None else []
 
         def write(tx: Transaction) -> None:
             if is_record_new:
@@ -1070,11 +1072,8 @@ class LiveRun:
                 tx.put(model)
             for broadcast in broadcasts:
                 tx.put(broadcast)
-            for assignment in changed:
+            for assignment in (*changed, *traffic):
                 tx.put(assignment)
-            if round is not None:
-                for assignment in traffic:
-                    tx.put(assignment)
 
         await self._facilities.workers.store(write)
         self.record = replace(record, elapsed_seconds=self.record.elapsed_seconds)
