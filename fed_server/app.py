@@ -130,10 +130,10 @@ class App:
         await coordinator.start()
 
         telemetry = Telemetry()
-        watching = asyncio.create_task(telemetry.watch_event_loop())
-        self._stack.callback(watching.cancel)
         if settings.metrics_listen is not None:
             self.metrics_address = self._stack.enter_context(telemetry.served(settings.metrics_listen))
+            watching = asyncio.create_task(telemetry.watch_event_loop())
+            self._stack.callback(watching.cancel)
 
         authenticator = Authenticator(coordinator.client, hash_secret(self.tokens.operator))
         server = grpc.aio.server(interceptors=[Gate(authenticator)], options=server_options())
