@@ -24,15 +24,11 @@ Data: DIR of --data (default: FEDSTREAM_DATA, else ../shared/data beside the rep
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,8 +36,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bytes_to_accuracy import Interval, commit
 from benchmarks.federation import NUM_SITES, Federation, train
+from benchmarks.records import Interval, commit, kept_in, run_apart
 
 ROOT: Final = Path(__file__).parent.parent
 RESULT: Final = Path(__file__).parent / "results" / "algorithms.json"
@@ -161,27 +157,8 @@ def measure(case: Case, source: Path, folder: Path) -> Run:
 def measure_apart(case: Case, source: Path, folder: str | None) -> Run:
     """The same in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.algorithms", "--data", str(source.parent), "--case",
-             json.dumps(asdict(case)), scratch],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-    return Run(**json.loads(run.stdout.splitlines()[-1]))
-
-
-@contextmanager
-def results() -> Iterator[dict[str, Any]]:
-    """The JSON to read and change, for one process at a time; written back when the block ends."""
-    RESULT.parent.mkdir(exist_ok=True)
-    with RESULT.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        content: dict[str, Any] = json.loads(text) if text else {"benchmark": "algorithms"}
-        yield content
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps(content, indent=1) + "\n")
+        data = ["--data", str(source.parent)]
+        return Run(**run_apart("benchmarks.algorithms", *data, "--case", json.dumps(asdict(case)), scratch))
 
 
 def chosen(split: str, row: str, tuning: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
@@ -195,7 +172,7 @@ def chosen(split: str, row: str, tuning: Sequence[dict[str, Any]]) -> tuple[floa
 
 def tune(split: str, row: str, rounds: int, source: Path, folder: str | None, console: Console) -> None:
     """The row's three trials; `fedavg` of the split comes first, for others take its learning rate."""
-    with results() as content:
+    with kept_in(RESULT) as content:
         of_average = chosen(split, "fedavg", content.get("tuning", []))
     for value in ROWS[row].tried:
         if not ROWS[row].is_rate and of_average is None:
@@ -204,7 +181,7 @@ def tune(split: str, row: str, rounds: int, source: Path, folder: str | None, co
         run = measure_apart(Case(split, row, TUNING_SEED, rounds, rate, value, is_tuning=True), source, folder)
         found = {"split": split, "row": row, "rate": rate, "value": value, "accuracy": round(run.final_accuracy, 5)}
         console.print(found)
-        with results() as content:
+        with kept_in(RESULT) as content:
             others = [e for e in content.get("tuning", []) if (e["split"], e["row"], e["value"]) != (split, row, value)]
             content["tuning"] = [*others, found]
 
@@ -310,18 +287,18 @@ def main() -> None:
             if arguments.tune:
                 tune(split, row, arguments.rounds, source, arguments.folder, console)
                 continue
-            with results() as content:
+            with kept_in(RESULT) as content:
                 found = chosen(split, row, content.get("tuning", []))
             if found is None:
                 raise SystemExit(f"{split} {row}: its figures are not chosen yet; run with --tune first")
             for seed in arguments.seeds:
                 run = measure_apart(Case(split, row, seed, arguments.rounds, *found), source, arguments.folder)
                 console.print(f"{split} {row} {seed}: {run.final_accuracy:.4f}")
-                with results() as content:
+                with kept_in(RESULT) as content:
                     key = ("split", "row", "seed")
                     others = [e for e in content.get("runs", []) if any(e["case"][k] != run.case[k] for k in key)]
                     content["runs"] = [*others, asdict(run)]
-    with results() as content:
+    with kept_in(RESULT) as content:
         content["rows"] = summarize(content)
         content["aims"] = []
         rows = content["rows"]

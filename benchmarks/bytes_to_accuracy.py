@@ -18,19 +18,14 @@ Data: DIR of --data (default: FEDSTREAM_DATA, else ../shared/data beside the rep
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gzip
 import json
 import math
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -42,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.federation import NUM_SITES, WORKLOADS, Federation, train
+from benchmarks.records import Interval, commit, kept_in, run_apart
 
 ROOT: Final = Path(__file__).parent.parent
 RESULT: Final = Path(__file__).parent / "results" / "bytes_to_accuracy.json"
@@ -78,10 +74,6 @@ ROWS: Final[dict[str, str]] = {
     "eden 2": '[uplink]\nkind = "eden"\nbits = 2\n',
 }
 MAIN_ROWS: Final = ("raw", "auto")
-
-# Of Student's distribution, two-sided 95 %, by degrees of freedom.
-_STUDENT: Final = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-
 
 Key: TypeAlias = tuple[str, str, float, int, str, int]
 """Model, split, participation, epochs, row and seed."""
@@ -227,24 +219,11 @@ def measure(case: Case, source: Path, folder: Path) -> Run:
     )
 
 
-def commit() -> str:
-    """Which state of the repository this is."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,
-    )  # fmt: skip
-    return described.stdout.strip()
-
-
 def measure_apart(case: Case, source: Path, folder: str | None) -> Run:
-    """The same in a process of its own: what a run leaves in memory and in gRPC is nothing to the next."""
+    """The same in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.bytes_to_accuracy", "--data", str(source.parent), "--case",
-             json.dumps(asdict(case)), scratch],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-    return Run(**json.loads(run.stdout.splitlines()[-1]))
+        data = ["--data", str(source.parent)]
+        return Run(**run_apart("benchmarks.bytes_to_accuracy", *data, "--case", json.dumps(asdict(case)), scratch))
 
 
 # -- what others would send --------------------------------------------------------------------------------------------
@@ -289,26 +268,6 @@ def _stc_bits(shapes: Sequence[tuple[int, ...]], share: float) -> float:
 
 
 # -- what it comes to --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Interval:
-    """Mean and 95 % interval of a paired difference or ratio, by Student's distribution; no interval for one pair."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval | None:
-        """Of one value for each seed; None where there is none."""
-        if not values:
-            return None
-        mean = statistics.fmean(values)
-        if len(values) == 1:
-            return cls(mean, None, None)
-        half = _STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half)
 
 
 @dataclass
@@ -427,29 +386,9 @@ def aims(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     return [{"what": w, "value": v, "aim": a, "direction": d, "unit": u} for w, v, a, d, u in listed]
 
 
-@contextmanager
-def results() -> Iterator[dict[str, Any]]:
-    """The JSON to read and change, for one process at a time; written back when the block ends."""
-    RESULT.parent.mkdir(exist_ok=True)
-    with RESULT.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        content: dict[str, Any] = json.loads(text) if text else {"benchmark": "bytes_to_accuracy"}
-        yield content
-        file.seek(0)
-        file.truncate()
-        file.write(_compact(json.dumps(content, indent=1)) + "\n")
-
-
-def _compact(text: str) -> str:
-    """JSON with its lists of numbers on one line each."""
-    return re.sub(r"\[[\s\d.,eE+-]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
-
-
 def keep(run: Run | None) -> list[Summary]:
     """Merges a run into the JSON, in place of an earlier one of the same case; returns what all come to."""
-    with results() as content:
+    with kept_in(RESULT) as content:
         runs = [Run(**each) for each in content.get("runs", [])]
         if run is not None:
             runs = sorted([each for each in runs if each.key != run.key] + [run], key=_order)
@@ -600,7 +539,7 @@ def tune(split: str, rounds: int, source: Path, folder: str | None, console: Con
             "rounds_to": {f"{target:g}": run.rounds_to(target) for target in TARGETS["2nn", split]},
         }
         console.print(found)
-        with results() as content:
+        with kept_in(RESULT) as content:
             others = [
                 each
                 for each in content.get("tuning", [])
@@ -658,7 +597,7 @@ def main() -> None:
         return
     for table in tables(keep(None)):
         console.print(table)
-    with results() as content:
+    with kept_in(RESULT) as content:
         runs = [Run(**each) for each in content.get("runs", [])]
         found = content.get("aims", [])
     if runs:

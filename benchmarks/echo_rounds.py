@@ -38,6 +38,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.records import run_apart
+
 RESULTS = Path(__file__).parent / "results"
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "echo_rounds.png"
 SIZES = {"0.1M": 100_000, "1M": 1_000_000, "10M": 10_000_000, "100M": 100_000_000}
@@ -246,10 +248,7 @@ def measure(system: str, size: str, num_clients: int, rounds: int, folder: str) 
 def measure_apart(system: str, size: str, num_clients: int, rounds: int, folder: str) -> Row:
     """One row in a process of its own: clients are forked, which no process that has used gRPC should do."""
     case = [system, size, str(num_clients), str(rounds), folder]
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.echo_rounds", "--case", *case], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return Row(**json.loads(run.stdout.splitlines()[-1]))
+    return Row(**run_apart("benchmarks.echo_rounds", "--case", *case))
 
 
 def table(rows: list[Row], title: str) -> Table:

@@ -26,7 +26,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,20 +33,18 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.two_layers import WrittenOutTwoNN
 from benchmarks.updates import MnistSites, default_data
+from benchmarks.vectors import Vector, accuracy, flat, load_flat, send
 from examples.mnist.workload import Examples
 from fed_client.training.loop import train
 from fed_core.codecs.registry import EncodingConfig, encoding_from_json
-from fed_core.payload.manifest import UpdateInfo
-from fed_core.payload.writer import write_payload
 from fed_core.plan import OptimizerPlan, TrainingPlan
 from fed_core.specs import TensorSpec
-from fed_core.tensors import load_tensors, model_specs, model_tensors
+from fed_core.tensors import model_specs
 from fed_core.workload import initial_model
-from fedstream.v1 import common_pb2
 
 RESULTS: Final = Path(__file__).parent / "results" / "feedback.json"
 ENCODINGS: Final[dict[str, dict[str, Any]]] = {
@@ -63,9 +60,6 @@ POPULATIONS: Final = {"10 of 100": 100, "10 of 10": 10}
 COHORT: Final = 10
 LEARNING_RATE: Final = 0.1
 NUM_LAST: Final = 5
-
-Vector = Tensor
-"""All tensors of a model or an update, flat, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -88,34 +82,12 @@ class Wire:
 
     def __init__(self, specs: Sequence[TensorSpec], encoding: EncodingConfig) -> None:
         self._specs, self._encoding = list(specs), encoding
-        self._lengths = [spec.num_elements for spec in specs]
         self.num_bytes = self.num_sent = 0
         self.errors: list[float] = []
 
     def send(self, values: Vector, seed: int) -> Vector:
         """What arrives of it."""
-        arrived = torch.empty_like(values)
-        places = dict(zip((spec.name for spec in self._specs), arrived.split(self._lengths), strict=True))
-
-        def keep(spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
-            places[spec.name][first : first + len(decoded)] = decoded
-
-        tensors = [
-            (spec, part.view(spec.shape)) for spec, part in zip(self._specs, values.split(self._lengths), strict=True)
-        ]
-        written = write_payload(
-            BytesIO(),
-            kind=common_pb2.PAYLOAD_KIND_UPDATE,
-            run_id="feedback",
-            round=1,
-            model_version=0,
-            base_digest=bytes(32),
-            update=UpdateInfo("a", num_examples=1),
-            tensors=tensors,
-            encoding=self._encoding,
-            seed=seed,
-            on_decoded=keep,
-        )
+        arrived, written = send(self._specs, values, self._encoding, seed)
         self.num_bytes += written.total_bytes
         self.num_sent += 1
         self.errors.append(written.fidelity.error)
@@ -172,23 +144,8 @@ class Clients:
 
     def accuracy(self, model: nn.Module, values: Vector) -> float:
         """On the test images."""
-        images, labels = self._sites.test
         load_flat(model, values)
-        model.eval()
-        with torch.no_grad():
-            return float((model(images).argmax(1) == labels).float().mean())
-
-
-def flat(model: nn.Module) -> Vector:
-    """All tensors of a model, one after the other."""
-    return torch.cat([tensor.reshape(-1) for tensor in model_tensors(model).values()])
-
-
-def load_flat(model: nn.Module, values: Vector) -> None:
-    """The inverse of `flat`."""
-    tensors = model_tensors(model)
-    parts = values.split([tensor.numel() for tensor in tensors.values()])
-    load_tensors(model, {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)})
+        return accuracy(model, self._sites.test)
 
 
 def run(clients: Clients, population: str, encoding: str, way: str, seed: int, num_rounds: int) -> Row:

@@ -19,8 +19,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +27,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bytes_to_accuracy import commit
 from benchmarks.federation import Federation, train
+from benchmarks.records import commit, run_apart
 from benchmarks.updates import default_data
 
 RESULT: Final = Path(__file__).parent / "results" / "label_skew.json"
@@ -85,11 +83,7 @@ def measure_apart(data_set: str, row: str, seed: int, rounds: int, data: Path) -
     """The same in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         case = [data_set, row, str(seed), str(rounds), scratch]
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.label_skew", "--data", str(data), "--case", *case],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-    return Run(**json.loads(run.stdout.splitlines()[-1]))
+        return Run(**run_apart("benchmarks.label_skew", "--data", str(data), "--case", *case))
 
 
 def aims(runs: list[Run]) -> list[dict[str, Any]]:

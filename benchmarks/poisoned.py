@@ -38,13 +38,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.feedback import flat, load_flat
+from benchmarks.robust import write_update
 from benchmarks.two_layers import SteppedTwoNN
 from benchmarks.updates import default_data
+from benchmarks.vectors import accuracy, flat, load_flat, parts
 from examples.mnist.workload import Examples, examples, load, own_indices
 from fed_client.training.loop import train
 from fed_core.payload.reader import PayloadReader
-from fed_core.payload.writer import write_payload
 from fed_core.plan import OptimizerPlan, TrainingPlan
 from fed_core.specs import TensorSpec
 from fed_core.tensors import model_specs
@@ -54,7 +54,6 @@ from fed_server.aggregation.grid import GridPolicy, make_grid
 from fed_server.aggregation.merge_rules import merge_rules
 from fed_server.aggregation.registry import new_aggregator
 from fed_server.config import RunConfig, union_members
-from fedstream.v1 import common_pb2
 
 RESULTS: Final = Path(__file__).parent / "results" / "poisoned.json"
 NUM_SITES: Final = 20
@@ -151,11 +150,8 @@ class Federation:
 
     def accuracy(self, model: nn.Module, values: Tensor) -> float:
         """On the test images."""
-        images, labels = self.test
         load_flat(model, values)
-        model.eval()
-        with torch.no_grad():
-            return float((model(images).argmax(1) == labels).float().mean())
+        return accuracy(model, self.test)
 
 
 def aggregate(specs: Sequence[TensorSpec], updates: Updates, rule: str, folder: Path) -> Tensor:
@@ -166,12 +162,7 @@ def aggregate(specs: Sequence[TensorSpec], updates: Updates, rule: str, folder: 
         aggregator = new_aggregator(AggregatorSetting(specs, grid, merge_rules(specs, []), Path(scratch)), config)
         for number, update in enumerate(updates):
             path = Path(scratch) / f"{number}.update"
-            parts = update.split([spec.num_elements for spec in specs])
-            with path.open("wb+") as file:
-                write_payload(
-                    file, kind=common_pb2.PAYLOAD_KIND_MODEL, run_id="", round=0, model_version=0, base_digest=b"", update=None,
-                    tensors=[(spec, part.reshape(spec.shape)) for spec, part in zip(specs, parts, strict=True)],
-                )  # fmt: skip
+            write_update(path, zip(specs, parts(specs, update).values(), strict=True))
             with PayloadReader(path) as reader:
                 aggregator.add(reader, 1)
         aggregator.prepare()

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import write_payload
@@ -72,9 +73,8 @@ def specs_of(size: str) -> list[TensorSpec]:
     return [TensorSpec(f"layer.{i}", shape, "float32") for i, shape in enumerate(SIZES[size])]
 
 
-def write_update(path: Path, specs: Sequence[TensorSpec], seed: int) -> None:
-    """One update of values that no other has."""
-    generator = torch.Generator().manual_seed(seed)
+def write_update(path: Path, tensors: Iterable[tuple[TensorSpec, Tensor]]) -> None:
+    """An update for aggregators, float32 as it is."""
     with path.open("wb+") as file:
         write_payload(
             file,
@@ -84,8 +84,15 @@ def write_update(path: Path, specs: Sequence[TensorSpec], seed: int) -> None:
             model_version=0,
             base_digest=b"",
             update=None,
-            tensors=[(spec, torch.randn(spec.shape, generator=generator) / 100) for spec in specs],
+            tensors=tensors,
         )
+
+
+def drawn(specs: Sequence[TensorSpec], seed: int) -> Iterator[tuple[TensorSpec, Tensor]]:
+    """Values that no other seed has."""
+    generator = torch.Generator().manual_seed(seed)
+    for spec in specs:
+        yield spec, torch.randn(spec.shape, generator=generator) / 100
 
 
 def peak_bytes() -> int:
@@ -166,7 +173,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             with console.status(f"{case}: writing updates"):
                 for seed in range(int(count)):
-                    write_update(Path(folder) / f"{seed}.update", specs_of(size), seed)
+                    write_update(Path(folder) / f"{seed}.update", drawn(specs_of(size), seed))
             measured = []
             for kind in arguments.kinds:
                 with console.status(f"{case}: {kind}"):

@@ -18,7 +18,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,22 +25,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.bytes_to_accuracy import Interval
+from benchmarks.records import Interval
 from benchmarks.two_layers import SteppedTwoNN
 from benchmarks.updates import MnistSites, default_data
+from benchmarks.vectors import Vector, accuracy, flat, load_flat, parts, send
 from examples.mnist.workload import Examples
 from fed_client.training.loop import train
-from fed_core.codecs.registry import EncodingConfig, encoding_from_json
-from fed_core.payload.manifest import UpdateInfo
-from fed_core.payload.writer import Written, write_payload
+from fed_core.codecs.registry import encoding_from_json
 from fed_core.plan import ObjectivePlan, OptimizerPlan, TrainingPlan
-from fed_core.specs import TensorSpec
-from fed_core.tensors import load_tensors, model_specs, model_tensors
+from fed_core.tensors import model_specs
 from fed_core.workload import initial_model
 from fed_server.rounds.variate import ENCODING
-from fedstream.v1 import common_pb2
 
 RESULTS: Final = Path(__file__).parent / "results" / "variates.json"
 ENCODINGS: Final[dict[str, dict[str, Any]]] = {
@@ -56,9 +52,6 @@ NUM_SITES: Final = 20
 COHORT: Final = 10
 LEARNING_RATE: Final = 0.05
 NUM_LAST: Final = 3
-
-Vector = Tensor
-"""All tensors of a model or an update, flat, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -90,64 +83,24 @@ class Sites:
 
     def accuracy(self, model: nn.Module) -> float:
         """On the test images."""
-        images, labels = self._mnist.test
-        model.eval()
-        with torch.no_grad():
-            return float((model(images).argmax(1) == labels).float().mean())
-
-
-class Shape:
-    """A model's tensors, as parts of a vector."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.specs = model_specs(model)
-        self.lengths = [spec.num_elements for spec in self.specs]
-
-    def parts(self, vector: Vector) -> dict[str, Tensor]:
-        """The tensors, which share the vector's memory."""
-        split = torch.split(vector, self.lengths)
-        return {spec.name: part.view(spec.shape) for spec, part in zip(self.specs, split, strict=True)}
-
-    def send(self, vector: Vector, encoding: EncodingConfig, seed: int) -> tuple[Vector, Written]:
-        """What arrives of it, and what was written."""
-        arrived = torch.empty_like(vector)
-        places = {name: part.view(-1) for name, part in self.parts(arrived).items()}
-
-        def keep(spec: TensorSpec, codec: str, first: int, decoded: Tensor) -> None:
-            places[spec.name][first : first + len(decoded)] = decoded
-
-        written = write_payload(
-            BytesIO(),
-            kind=common_pb2.PAYLOAD_KIND_UPDATE,
-            run_id="variates",
-            round=1,
-            model_version=0,
-            base_digest=bytes(32),
-            update=UpdateInfo("a", num_examples=1),
-            tensors=[(spec, part) for spec, part in zip(self.specs, self.parts(vector).values(), strict=True)],
-            encoding=encoding,
-            seed=seed,
-            on_decoded=keep,
-        )
-        return arrived, written
+        return accuracy(model, self._mnist.test)
 
 
 def run(sites: Sites, objective: str, encoding: str, seed: int, num_rounds: int) -> Row:
     """One row. The letters are those of fed_client/training/variates.py."""
     config = encoding_from_json(json.dumps(ENCODINGS[encoding]))
     model = initial_model(sites.workload, seed)
-    shape = Shape(model)
-    weights = torch.cat([tensor.reshape(-1) for tensor in model_tensors(model).values()])
+    specs, weights = model_specs(model), flat(model)
     c = torch.zeros_like(weights)
     h: dict[int, Vector] = defaultdict(lambda: torch.zeros_like(weights))
     residuals: dict[int, Vector] = defaultdict(lambda: torch.zeros_like(weights))
     rng = np.random.default_rng(seed)
     accuracies, bits, errors = [], [], []
     for number in range(1, num_rounds + 1):
-        sent = shape.send(c, ENCODING, number)[0] if c.any() else c
+        sent = send(specs, c, ENCODING, number)[0] if c.any() else c
         updates, gained = torch.zeros_like(weights), torch.zeros_like(weights)
         for site in map(int, rng.permutation(NUM_SITES)[:COHORT]):
-            load_tensors(model, shape.parts(weights))
+            load_flat(model, weights)
             plan = TrainingPlan(
                 batch_size=10,
                 optimizer=OptimizerPlan("sgd", LEARNING_RATE),
@@ -161,12 +114,12 @@ def run(sites: Sites, objective: str, encoding: str, seed: int, num_rounds: int)
                 sites.examples(site),
                 plan,
                 torch.device("cpu"),
-                corrections=shape.parts(sent - h[site]) if objective == "scaffold" else None,
+                corrections=parts(specs, sent - h[site]) if objective == "scaffold" else None,
             )
-            update = torch.cat([tensor.reshape(-1) for tensor in model_tensors(model).values()]) - weights
+            update = flat(model) - weights
             if config.wants_feedback:
                 update = update + residuals[site]
-            arrived, written = shape.send(update, config, plan.seed)
+            arrived, written = send(specs, update, config, plan.seed)
             residuals[site] = update - arrived
             updates += arrived
             if objective == "scaffold":
@@ -178,7 +131,7 @@ def run(sites: Sites, objective: str, encoding: str, seed: int, num_rounds: int)
         weights = weights + updates / COHORT
         c = c + gained / NUM_SITES
         if number > num_rounds - NUM_LAST:
-            load_tensors(model, shape.parts(weights))
+            load_flat(model, weights)
             accuracies.append(sites.accuracy(model))
     return Row(
         objective,
