@@ -470,9 +470,7 @@ class Coordinator:
             "aggregation.importance": config.aggregation.importance,
         }
         parts = [
-            f"{some(unknown)} ({field})"
-            for field, sites in named.items()
-            if (unknown := set(sites) - set(self._ids))
+            f"{some(unknown)} ({field})" for field, sites in named.items() if (unknown := set(sites) - set(self._ids))
         ]
         if not parts:
             return ""
@@ -480,7 +478,9 @@ class Coordinator:
 
     def live_run(self, run_id: str) -> LiveRun | None:
         """A run that is not over."""
-        return self._runs.get(run_id)
+        run = self._runs.get(run_id)
+        # One that is over stays until its driver has put its things away.
+        return run if run is not None and run.record.state is RunState.ACTIVE else None
 
     async def find_run(self, name_or_id: str) -> RunRecord:
         """A run by id or name. Raises NotFoundError, which lists the runs there are."""

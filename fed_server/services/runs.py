@@ -231,14 +231,19 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         self, record: RunRecord, *, newest_only: bool = False, with_previous: bool = False
     ) -> list[runs_pb2.Round]:
         """All rounds of a run, the open one as it stands in memory; or only the newest (and the one before it)."""
-        live = self._coordinator.live_run(record.run_id)
 
         def read(tx: Transaction) -> list[tuple[RoundRecord, list[AssignmentRecord]]]:
             newest = None if not newest_only else 2 if with_previous else 1
             rounds = tx.rounds(record.run_id, newest=newest)
             return [(r, tx.assignments(record.run_id, r.round)) for r in rounds]
 
-        stored = await self._workers.store(read)
+        while True:
+            before = self._open_number(record)
+            stored = await self._workers.store(read)
+            live = self._coordinator.live_run(record.run_id)
+            # What is stored and what is in memory must be of the same moment: a round may have ended in between.
+            if before == self._open_number(record):
+                break
         result = []
         for round, assignments in stored:
             if live is not None and live.round is not None and live.round.round == round.round:
@@ -249,6 +254,11 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         if live is not None:
             result.append(self._open_round(live))
         return result
+
+    def _open_number(self, record: RunRecord) -> tuple[int, bool] | None:
+        """Of the round that is open, or would be next, and which of the two it is; None where the run is over."""
+        live = self._coordinator.live_run(record.run_id)
+        return (live.next_round, live.round is None) if live is not None else None
 
     def _open_round(self, live: LiveRun) -> runs_pb2.Round:
         if live.round is None:  # between rounds: the next one waits for its cohort

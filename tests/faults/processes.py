@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -339,6 +339,34 @@ class Federation:
             model_tensors(self._model),
             specs=model_specs(self._model),
         )
+
+    def killed_at(self, points: Sequence[str], name: str, **settings: Any) -> runs_pb2.GetReportResponse:
+        """The report of a finished run whose coordinator was killed at each of these points in turn, and then left alone."""
+        self.coordinator.stop()
+        self.coordinator.start(fail_at=points[0])
+        self.submit(name, **settings)
+        for point in (*points[1:], None):
+            self.coordinator.wait_killed()
+            self.coordinator.start(fail_at=point)
+        return self.finished(name)
+
+    def until_all_killed(
+        self, site: Site, at_coordinator: Sequence[str], at_site: Sequence[str], timeout: float = PATIENCE_SECONDS
+    ) -> None:
+        """Starts whichever of the two was killed again, to be killed at its next point, until nobody is to be killed any more."""
+        programs: list[tuple[Coordinator | Site, Iterator[str]]] = [
+            (self.coordinator, iter(at_coordinator)),
+            (site, iter(at_site)),
+        ]
+
+        def are_all_killed() -> bool:
+            for program, points in programs:
+                if not program.is_running:
+                    program.wait_killed()
+                    program.start(fail_at=next(points, None))
+            return all(program.fail_at is None for program, _ in programs)
+
+        until(are_all_killed, f"kills, the last ones at {at_coordinator} and {at_site}", timeout)
 
     def report(self, name: str) -> runs_pb2.GetReportResponse:
         """Everything about a run."""

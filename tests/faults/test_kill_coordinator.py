@@ -27,16 +27,7 @@ POINTS = (
 def test_killed_at_every_point_the_run_comes_to_the_same_bits(
     federation: Federation, undisturbed: runs_pb2.GetReportResponse
 ) -> None:
-    coordinator = federation.coordinator
-    coordinator.stop()
-    coordinator.start(fail_at=POINTS[0])
-    federation.submit("killed", rounds=3, evaluation="clients")
-    coordinator.wait_killed()
-    for point in POINTS[1:]:
-        coordinator.start(fail_at=point)
-        coordinator.wait_killed()
-    coordinator.start()
-    report = federation.finished("killed")
+    report = federation.killed_at(POINTS, "killed", rounds=3, evaluation="clients")
 
     assert digests(report) == digests(undisturbed)
     assert losses(report) == losses(undisturbed)
@@ -60,15 +51,7 @@ def test_what_the_server_optimizer_keeps_is_committed_with_the_version(federatio
     expected = federation.finished(f"adam-{name}-well")
 
     points = ["before-commit", "after-commit", "before-commit", "mid-fold:2"]
-    coordinator.stop()
-    coordinator.start(fail_at=points.pop(0))
-    federation.submit(f"adam-{name}-killed", **settings)
-    while points:
-        coordinator.wait_killed()
-        coordinator.start(fail_at=points.pop(0))
-    coordinator.wait_killed()
-    coordinator.start()
-    report = federation.finished(f"adam-{name}-killed")
+    report = federation.killed_at(points, f"adam-{name}-killed", **settings)
 
     assert digests(report) == digests(expected)
     assert losses(report) == losses(expected)
@@ -89,16 +72,7 @@ def test_what_updates_count_is_as_durable_as_they_are(federation: Federation, ki
     federation.submit(f"{kind}-well", **settings)
     expected = federation.finished(f"{kind}-well")
 
-    points = ["update-durable", "mid-fold:2", "before-commit"]
-    coordinator.stop()
-    coordinator.start(fail_at=points.pop(0))
-    federation.submit(f"{kind}-killed", **settings)
-    while points:
-        coordinator.wait_killed()
-        coordinator.start(fail_at=points.pop(0))
-    coordinator.wait_killed()
-    coordinator.start()
-    report = federation.finished(f"{kind}-killed")
+    report = federation.killed_at(["update-durable", "mid-fold:2", "before-commit"], f"{kind}-killed", **settings)
 
     assert digests(report) == digests(expected)
     assert losses(report) == losses(expected)

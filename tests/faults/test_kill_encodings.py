@@ -91,27 +91,15 @@ def test_whatever_the_encoding_kills_do_not_change_a_bit(federation: Federation,
     federation.submit(f"{kind}-well", site=site, rounds=2, **encodings)
     expected = federation.finished(f"{kind}-well")
 
-    points: list[str | None] = [*case.points, None]
     site.trouble("sleep 0.5")
     federation.submit(f"{kind}-killed", site=site, rounds=2, **encodings)
     federation.until_training(f"{kind}-killed", site)
     site.kill()
     site.trouble(None)
     coordinator.kill()
-    coordinator.start(fail_at=points.pop(0))
+    coordinator.start(fail_at=case.points[0])
     site.start(fail_at=case.site_point)
-
-    def are_all_killed() -> bool:
-        """Starts who was killed again, until nobody is to be."""
-        if not coordinator.is_running:
-            coordinator.wait_killed()
-            coordinator.start(fail_at=points.pop(0))
-        if not site.is_running:
-            site.wait_killed()
-            site.start()
-        return coordinator.fail_at is None and site.fail_at is None
-
-    until(are_all_killed, f"kills at {case.site_point} and {case.points}")
+    federation.until_all_killed(site, case.points[1:], ())
     report = federation.finished(f"{kind}-killed")
 
     assert digests(report) == digests(expected)
@@ -139,20 +127,10 @@ def test_a_site_that_carries_something_over_is_killed_around_every_promotion(fed
     site.stop()
     coordinator.kill()
     coordinator.start(fail_at="update-durable:2")
-    at_coordinator = ["before-commit", None]
-    site.start(fail_at=points.pop(0))
+    site.start(fail_at=points[0])
     federation.submit("carried-killed", site=site, rounds=4, **coarse, **variate)
 
-    def are_all_killed() -> bool:
-        if not coordinator.is_running:
-            coordinator.wait_killed()
-            coordinator.start(fail_at=at_coordinator.pop(0))
-        if not site.is_running:
-            site.wait_killed()
-            site.start(fail_at=points.pop(0) if points else None)
-        return coordinator.fail_at is None and site.fail_at is None
-
-    until(are_all_killed, "the kills", 600)
+    federation.until_all_killed(site, ["before-commit"], points[1:], 600)
     report = federation.finished("carried-killed", 200)
     assert digests(report) == digests(expected)
     assert losses(report) == losses(expected)
@@ -170,26 +148,13 @@ def test_what_all_sites_have_in_common_is_committed_with_the_version_and_sent_wi
     expected = federation.finished("scaffold-well", 200)
 
     # One download in a round: the third is that of the second round's variate.
-    at_site, at_coordinator = (
-        ["client-mid-download:3", "client-promoted", None],
-        ["before-commit:2", "mid-fold:2", None],
-    )
     site.stop()
     coordinator.kill()
-    coordinator.start(fail_at=at_coordinator.pop(0))
-    site.start(fail_at=at_site.pop(0))
+    coordinator.start(fail_at="before-commit:2")
+    site.start(fail_at="client-mid-download:3")
     federation.submit("scaffold-killed", **settings)
 
-    def are_all_killed() -> bool:
-        if not coordinator.is_running:
-            coordinator.wait_killed()
-            coordinator.start(fail_at=at_coordinator.pop(0))
-        if not site.is_running:
-            site.wait_killed()
-            site.start(fail_at=at_site.pop(0))
-        return coordinator.fail_at is None and site.fail_at is None
-
-    until(are_all_killed, "the kills", 600)
+    federation.until_all_killed(site, ["mid-fold:2"], ["client-promoted"], 600)
     report = federation.finished("scaffold-killed", 200)
     assert digests(report) == digests(expected)
     assert len(set(digests(report))) == 5

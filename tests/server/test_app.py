@@ -29,6 +29,7 @@ from fed_core.errors import (
 )
 from fed_server.app import App
 from fed_server.rounds.coordinator import Coordinator
+from fed_server.rounds.run import LiveRun
 from fed_server.settings import ServerSettings
 from fedstream.v1 import common_pb2, participation_pb2, runs_pb2, transfer_pb2
 from tests.server.conftest import House, config, off_loop
@@ -278,6 +279,28 @@ async def test_a_submission_that_is_repeated_gives_the_run_that_the_first_made(h
     assert (await off_loop(house.operator.submit, config(size=1), None, "r" * 32)).run.run_id == first.run.run_id
     with pytest.raises(ConflictError, match="'test' exists already"):
         await off_loop(house.operator.submit, config(size=1))
+
+
+async def test_the_report_of_a_run_that_has_just_ended_has_no_round_that_will_never_be(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_away = asyncio.Event()
+    drive = LiveRun.drive
+
+    async def drive_and_linger(self: LiveRun) -> None:
+        await drive(self)
+        await put_away.wait()
+
+    monkeypatch.setattr(LiveRun, "drive", drive_and_linger)
+    try:
+        await off_loop(house.operator.submit, config(size=1))
+        client = await off_loop(house.client, "site")
+        await off_loop(answer, client)
+        assert (await off_loop(house.operator.wait)).state == runs_pb2.RUN_STATE_FINISHED
+        report = await off_loop(house.operator.report)
+    finally:
+        put_away.set()
+    assert [(round.round, round.state) for round in report.rounds] == [(1, runs_pb2.ROUND_STATE_COMMITTED)]
 
 
 async def test_a_submission_whose_operator_hangs_up_still_has_its_driver(

@@ -21,7 +21,7 @@ from fed_server.config import PolynomialStalenessConfig
 from fed_server.rounds.run import LiveRun
 from fed_server.store.base import Metrics
 from fedstream.v1 import participation_pb2, runs_pb2
-from tests.server.conftest import House, config, off_loop
+from tests.server.conftest import EXACT, House, config, off_loop
 from tests.server.houses import MovableClock, answer, open_house, until, weights
 
 CONFIG = """
@@ -45,12 +45,6 @@ kind = "mean"
 weighting = "uniform"
 [evaluation]
 at = "{at}"
-"""
-EXACT = """
-[uplink]
-kind = "raw"
-[downlink]
-kind = "raw"
 """
 WEIGHTS = staleness_weights(PolynomialStalenessConfig(), 20)
 
