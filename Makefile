@@ -85,7 +85,7 @@ clean: ## Remove the environments, stamps, caches and what demos and builds left
 	@touch $@
 
 .stamps/setup: .stamps/torch pyproject.toml $(CONSTRAINTS)
-	.venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) --editable '.[server,examples]' --group dev
+	.venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) --editable '.[server,privacy,examples]' --group dev
 	@touch $@
 
 .stamps/proto: .stamps/venv .ci/proto-constraints.txt $(if $(wildcard .venv-proto/bin/python),,missing)
