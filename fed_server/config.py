@@ -17,46 +17,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import Field, Strict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError, PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.config import CodecTable, FeedbackTable
 from fed_core.codecs.registry import UPLINK_ONLY, EncodingConfig
 from fed_core.errors import ConfigError
+from fed_server.config_privacy import CentralPrivacyConfig, NoPrivacyConfig, PrivacyConfig
+from fed_server.config_table import MAX_COHORT, WORD, ConfigTable, LabelWord, refuse
 
 MAX_CONFIG_BYTES = 256 * 1024
-MAX_COHORT = 65_536
 MAX_LABELS = 32
 MAX_SECONDS = 366 * 24 * 3600.0
 MAX_COUNT = 2**31 - 1
-# Site names, labels and run names share one alphabet: it is safe in file names, URLs and metrics.
-WORD = r"^[a-zA-Z0-9._-]+$"
 
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Factor = Annotated[float, Field(gt=0, le=10)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-LabelWord = Annotated[str, Field(min_length=1, max_length=63, pattern=WORD)]
-
-
-class ConfigTable(BaseModel):
-    """One table of the TOML file: frozen, unknown keys refused, no number read out of a string, no NaN or infinity.
-
-    The tables of encodings (`fed_core.codecs`) are like these and stand beside them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Table = ConfigTable | CodecTable
-
-
-def _refuse(problems: Mapping[str, str]) -> None:
-    """Raises one error that carries every (field, sentence) found by a cross-field check; nothing where there is none."""
-    if problems:
-        raise PydanticCustomError("cross_field", "fields contradict each other", {"problems": dict(problems)})
 
 
 class CohortConfig(ConfigTable):
@@ -124,7 +108,7 @@ class CohortConfig(ConfigTable):
                 f'expected 1 with selection = "importance", got {self.over_selection:g}; who is slow would be left out, and '
                 "updates would count by chances that nobody had: delete it"
             )
-        _refuse(problems)
+        refuse(problems)
         return self
 
 
@@ -149,7 +133,7 @@ class ScheduleConfig(ConfigTable):
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
         if self.time_budget_seconds >= self.deadline_seconds:
-            _refuse(
+            refuse(
                 {
                     "time_budget_seconds": f"expected less than deadline_seconds ({self.deadline_seconds:g}), got "
                     f"{self.time_budget_seconds:g}; the round would close before a client could send: lower it, or raise "
@@ -301,9 +285,9 @@ class PlateauScheduleConfig(_DecayTable):
     @model_validator(mode="after")
     def _check(self) -> PlateauScheduleConfig:
         if self.metric is not None and self.direction is None:
-            _refuse({"direction": f'is missing; say whether more or less {self.metric} is better: "max" or "min"'})
+            refuse({"direction": f'is missing; say whether more or less {self.metric} is better: "max" or "min"'})
         if self.metric is None and self.direction is not None:
-            _refuse({"direction": "has no effect without a metric of its own; delete it, or set metric"})
+            refuse({"direction": "has no effect without a metric of its own; delete it, or set metric"})
         return self
 
 
@@ -476,9 +460,9 @@ class TrainingConfig(ConfigTable):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if len(set(self.overridable)) != len(self.overridable):
-            _refuse({"overridable": f"expected each name once, got {_show(self.overridable)}; delete the repetition"})
+            refuse({"overridable": f"expected each name once, got {_show(self.overridable)}; delete the repetition"})
         if isinstance(self.objective, FedNovaConfig | ScaffoldConfig) and not isinstance(self.optimizer, SgdConfig):
-            _refuse(
+            refuse(
                 {
                     "objective": f"{self.objective.kind} divides updates by the work of sgd, and the optimizer is "
                     f"{self.optimizer.kind}; take sgd, or another objective"
@@ -558,17 +542,17 @@ class MeanConfig(_AggregationTable):
     def _check(self) -> MeanConfig:
         most = max(self.importance.values(), default=1)
         if self.smallest_loss is not None and self.weighting != "inverse_loss":
-            _refuse({"smallest_loss": 'has no effect without weighting = "inverse_loss"; delete it, or set that'})
+            refuse({"smallest_loss": 'has no effect without weighting = "inverse_loss"; delete it, or set that'})
         if self.importance and self.weighting == "inverse_loss":
-            _refuse(
+            refuse(
                 {
                     "importance": 'does not go with weighting = "inverse_loss", whose weights have no unit; delete one of them'
                 }
             )
         if self.weighting == "uniform" and not self.importance and self.max_weight is not None:
-            _refuse({"max_weight": 'has no effect with weighting = "uniform", where every weight is 1; delete it'})
+            refuse({"max_weight": 'has no effect with weighting = "uniform", where every weight is 1; delete it'})
         if self.max_weight is not None and most > self.max_weight:
-            _refuse(
+            refuse(
                 {"importance": f"expected at most max_weight ({self.max_weight}), got {most}: raise it, or lower this"}
             )
         return self
@@ -965,11 +949,11 @@ class DeltaDownlinkConfig(ConfigTable):
     @model_validator(mode="after")
     def _check(self) -> DeltaDownlinkConfig:
         if reason := UPLINK_ONLY.get(self.encoding.kind):
-            _refuse(
+            refuse(
                 {"encoding.kind": f'"{self.encoding.kind}" is for an uplink only: {reason}; take "auto" or "uniform"'}
             )
         if isinstance(self.encoding, FeedbackTable) and self.encoding.feedback:
-            _refuse(
+            refuse(
                 {
                     "encoding.feedback": "is for an uplink only; delete it: what a delta loses stays in the coordinator's master "
                     "weights and is part of the next one anyway"
@@ -1052,6 +1036,9 @@ class RunConfig(ConfigTable):
         default=LatticeDownlinkConfig(), description="How versions are sent to the clients."
     )
     keep: KeepConfig = Field(default=KeepConfig(), description="How long model versions are kept.")
+    privacy: PrivacyConfig = Field(
+        default=NoPrivacyConfig(), description="Differential privacy: what is promised to whom, and at what cost."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -1080,6 +1067,8 @@ class RunConfig(ConfigTable):
                 )
         if isinstance(self.training.objective, VariateConfig):
             problems |= self.training.objective.problems(self)
+        if isinstance(self.privacy, CentralPrivacyConfig):
+            problems |= self.privacy.problems(self)
         if isinstance(self.aggregation, QFedAvgConfig):
             problems |= self.aggregation.problems(self)
         if self.cohort.selection == "importance":
@@ -1097,7 +1086,7 @@ class RunConfig(ConfigTable):
                     problems[f"stop.{field}"] = (
                         f'needs a measured metric, and evaluation.at is "none"; delete it, or set evaluation.at to "{measuring}"'
                     )
-        _refuse(problems)
+        refuse(problems)
         return self
 
     def _importance_problems(self) -> dict[str, str]:

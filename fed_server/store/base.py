@@ -123,6 +123,9 @@ class RoundRecord:
     chances: dict[str, float] = field(default_factory=dict)
     # Loss that stands for the largest weight, where weights rise with losses; 0 otherwise.
     loss_scale: float = 0.0
+    # What private updates were cut to, and what those of the next round are to be; 0 otherwise.
+    clipping_norm: float = 0.0
+    next_clipping_norm: float = 0.0
     # Phase name -> seconds of uptime spent in it.
     phase_seconds: dict[str, float] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
@@ -229,6 +232,39 @@ class BroadcastRecord:
 
 
 @dataclass(frozen=True)
+class RosterRecord:
+    """Who may take part in a private run, frozen before its first round. Key: run_id."""
+
+    run_id: str
+    population: str
+    created_time: float
+    # Client name -> the privacy unit that it belongs to.
+    units: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LedgerRecord:
+    """What a round of a private run costs, charged before its noise is drawn and never taken back. Key: (run_id, round)."""
+
+    run_id: str
+    round: int
+    population: str
+    created_time: float
+    # The mechanism as JSON (`fed_core.privacy.mechanism`).
+    mechanism: str
+    delta: float
+    # Probability that the drawn noise is not what the mechanism says; part of delta.
+    failure: float
+    # Spent at delta by the run up to and with this round: by privacy loss distributions, and by Rényi divergences beside it.
+    epsilon: float
+    epsilon_rdp: float
+    # The same for whoever sees the cohorts, and not only what is released.
+    epsilon_of_cohort: float
+    # Spent by all runs of the population.
+    population_epsilon: float
+
+
+@dataclass(frozen=True)
 class Participation:
     """How often a client was asked to train in a run, how many of its updates are in a committed version, and the round for which
     it was last asked."""
@@ -239,7 +275,16 @@ class Participation:
     last_round: int
 
 
-Record = ClientRecord | RunRecord | RoundRecord | AssignmentRecord | ModelRecord | BroadcastRecord
+Record = (
+    ClientRecord
+    | RunRecord
+    | RoundRecord
+    | AssignmentRecord
+    | ModelRecord
+    | BroadcastRecord
+    | RosterRecord
+    | LedgerRecord
+)
 
 
 class Transaction(Protocol):
@@ -287,6 +332,11 @@ class Transaction(Protocol):
     def models(self, run_id: str) -> list[ModelRecord]: ...
     def broadcasts(self, run_id: str) -> list[BroadcastRecord]:
         """In the order of (version, base_version)."""
+        ...
+
+    def roster(self, run_id: str) -> RosterRecord | None: ...
+    def ledger(self, population: str | None = None) -> list[LedgerRecord]:
+        """All that was charged, or what a population was; in the order it was charged."""
         ...
 
     def put(self, record: Record) -> None:

@@ -24,14 +24,16 @@ from fed_server.store.base import (
     AssignmentState,
     BroadcastRecord,
     ClientRecord,
+    LedgerRecord,
     ModelRecord,
     Participation,
     Record,
+    RosterRecord,
     RoundRecord,
     RunRecord,
     RunState,
 )
-from fed_server.store.tables import TABLES, assignments, broadcasts, clients, models, rounds, runs
+from fed_server.store.tables import TABLES, assignments, broadcasts, clients, ledger, models, rosters, rounds, runs
 
 R = TypeVar("R", bound=Record)
 
@@ -203,6 +205,16 @@ class SqlTransaction:
         """See `Transaction.broadcasts`."""
         return self._all(BroadcastRecord, _BROADCASTS, run_id=run_id)
 
+    def roster(self, run_id: str) -> RosterRecord | None:
+        """Who may take part in a private run; None before it was frozen."""
+        return self._one(RosterRecord, _ROSTER, run_id=run_id)
+
+    def ledger(self, population: str | None = None) -> list[LedgerRecord]:
+        """See `Transaction.ledger`."""
+        if population is None:
+            return self._all(LedgerRecord, _LEDGER)
+        return self._all(LedgerRecord, _LEDGER_OF_POPULATION, population=population)
+
     def put(self, record: Record) -> None:
         """See `Transaction.put`. An upsert in the SQL of every database: nearly all puts replace a row."""
         put = _PUTS[type(record)]
@@ -298,6 +310,9 @@ _OPEN_ASSIGNMENTS_OF_CLIENT = _where(assignments, "state", "client_id", order=("
 _MODEL = _where(models, "run_id", "version")
 _MODELS = _where(models, "run_id", order=("version",))
 _BROADCASTS = _where(broadcasts, "run_id", order=("version", "base_version"))
+_ROSTER = _where(rosters, "run_id")
+_LEDGER = _where(ledger, order=("created_time", "run_id", "round"))
+_LEDGER_OF_POPULATION = _where(ledger, "population", order=("created_time", "run_id", "round"))
 
 
 @dataclass(frozen=True)

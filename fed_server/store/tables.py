@@ -36,8 +36,10 @@ from fed_server.store.base import (
     AssignmentRecord,
     BroadcastRecord,
     ClientRecord,
+    LedgerRecord,
     ModelRecord,
     Record,
+    RosterRecord,
     RoundRecord,
     RunRecord,
 )
@@ -143,6 +145,14 @@ broadcasts: Final = _table(
     ["run_id", "version", "base_version"],
     parents=[(models, ["run_id", "version"])],
 )
+rosters: Final = _table("rosters", RosterRecord, ["run_id"], parents=[(runs, ["run_id"])])
+ledger: Final = _table(
+    "ledger",
+    LedgerRecord,
+    ["run_id", "round"],
+    indexes=[["population"]],
+    parents=[(rounds, ["run_id", "round"])],
+)
 
 TABLES: Final[dict[type[Record], Table]] = {
     ClientRecord: clients,
@@ -151,4 +161,6 @@ TABLES: Final[dict[type[Record], Table]] = {
     AssignmentRecord: assignments,
     ModelRecord: models,
     BroadcastRecord: broadcasts,
+    RosterRecord: rosters,
+    LedgerRecord: ledger,
 }

@@ -32,9 +32,11 @@ from fed_server.store.base import (
     AssignmentState,
     BroadcastRecord,
     ClientRecord,
+    LedgerRecord,
     ModelRecord,
     Participation,
     Record,
+    RosterRecord,
     RoundRecord,
     RoundState,
     RunRecord,
@@ -103,6 +105,8 @@ ROUND = RoundRecord(
     weight_unit=2**17,
     chances={"site": 0.1},
     loss_scale=0.1,
+    clipping_norm=0.3,
+    next_clipping_norm=0.7,
     phase_seconds={"training": 0.25},
     metrics={"loss": 1e-300, "perplexity": float("inf")},
 )
@@ -170,8 +174,22 @@ BROADCAST = BroadcastRecord(
     created_time=16.0,
     is_available=False,
 )
+ROSTER = RosterRecord(run_id="r1", population="clinics", created_time=17.0, units={"site": "owner"})
+LEDGER = LedgerRecord(
+    run_id="r1",
+    round=1,
+    population="clinics",
+    created_time=18.0,
+    mechanism='{"sigma": 1.0}',
+    delta=1e-5,
+    failure=1e-12,
+    epsilon=0.5,
+    epsilon_rdp=0.6,
+    epsilon_of_cohort=float("inf"),
+    population_epsilon=0.75,
+)
 # Parents first.
-RECORDS: list[Record] = [CLIENT, RUN, ROUND, ASSIGNMENT, MODEL, BROADCAST]
+RECORDS: list[Record] = [CLIENT, RUN, ROUND, ASSIGNMENT, MODEL, BROADCAST, ROSTER, LEDGER]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())

@@ -1,0 +1,371 @@
+"""The run config's [privacy]: which guarantee a run gives, and what it may cost.
+
+What else of a config goes with a guarantee is one table, `FEATURES`: every feature, in every mode, is allowed or refused with the
+reason and the cure; a test goes through it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, Union
+
+from pydantic import Field, Strict, model_validator
+
+from fed_server.config_table import WORD, ConfigTable, LabelWord, refuse
+
+if TYPE_CHECKING:
+    from fed_server.config import RunConfig
+
+ClippingNorm = Annotated[float, Field(gt=0, le=1e6)]
+
+MIN_EXPECTED_COHORT: float = 1.0
+"""Units that a round draws on average at least: with fewer the noise is larger than everything that a cohort can send."""
+
+
+class NoPrivacyConfig(ConfigTable):
+    """No differential privacy."""
+
+    kind: Literal["none"] = Field(default="none", description="No guarantee, no noise.")
+
+
+class FixedClippingConfig(ConfigTable):
+    """The same bound in every round."""
+
+    kind: Literal["fixed"] = Field(default="fixed", description="The same bound in every round.")
+    norm: ClippingNorm = Field(
+        description="L2 norm, over all tensors of an update together, that longer updates are cut to. The noise is in proportion "
+        "to it.",
+        examples=[1.0],
+    )
+
+
+class AdaptiveClippingConfig(ConfigTable):
+    """The bound follows a quantile of the updates' norms, which is found with noise (Andrew et al. 2021, arXiv:1905.03871)."""
+
+    kind: Literal["adaptive"] = Field(default="adaptive", description="The bound follows a quantile of the norms.")
+    initial_norm: ClippingNorm = Field(default=0.1, description="Bound of the first round.")
+    quantile: float = Field(
+        default=0.5, gt=0, lt=1, description="Part of the updates that the bound is to leave uncut."
+    )
+    learning_rate: float = Field(
+        default=0.2, gt=0, le=10, description="How fast the bound follows: it changes by exp(-learning_rate * excess)."
+    )
+
+
+ClippingConfig = Annotated[FixedClippingConfig | AdaptiveClippingConfig, Field(discriminator="kind")]
+
+
+class CentralPrivacyConfig(ConfigTable):
+    """Client-level differential privacy by a coordinator that is trusted with the updates (DP-FedAvg, McMahan et al. 2018,
+    arXiv:1710.06963): updates are cut to a norm, cohorts are drawn by independent coins, and every released sum carries noise. What
+    is released hardly depends on whether any one client took part in the run at all."""
+
+    kind: Literal["central"] = Field(
+        default="central", description="Noise at the coordinator, which is trusted; hides whole clients."
+    )
+    sampling_rate: float = Field(
+        gt=0,
+        le=1,
+        description="Chance with which each member of the roster, independently of all others, is asked in a round: q. The roster "
+        "are the first cohort.size eligible clients, frozen when the run begins.",
+        examples=[0.1],
+    )
+    noise_multiplier: float = Field(
+        ge=0.01,
+        le=1e4,
+        description="Noise in units of the clipping norm: z. `fedctl privacy plan` says which one a budget needs.",
+        examples=[1.0],
+    )
+    clipping: ClippingConfig = Field(description="The norm that updates are cut to.")
+    delta: float = Field(
+        gt=0,
+        lt=1,
+        description="Delta of the guarantee; must be below 1 / cohort.size, and better below a tenth of that.",
+        examples=[1e-5],
+    )
+    max_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Epsilon, at delta, that the population may have spent in all: the run ends before the round that would go "
+        "beyond it. Unset: no limit, the run ends after max_rounds.",
+        examples=[8.0],
+    )
+    population: str = Field(
+        default="default",
+        min_length=1,
+        max_length=64,
+        pattern=WORD,
+        description="Whose data is spent. What runs of the same population spent adds up, at this coordinator; give runs over "
+        "clients that have nothing in common another name.",
+    )
+    units: dict[LabelWord, Annotated[tuple[LabelWord, ...], Strict(False)]] = Field(
+        default={},
+        max_length=65_536,
+        description="Clients that belong to one owner and count as one: owner, and the names of its clients. They are drawn "
+        "together, and share one clipping norm. Who is not named is a unit by itself.",
+        examples=[{"city-hospital": ["ward-a", "ward-b"]}],
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CentralPrivacyConfig:
+        named = [name for names in self.units.values() for name in names]
+        if len(set(named)) != len(named):
+            twice = sorted({name for name in named if named.count(name) > 1})
+            refuse(
+                {"units": f"expected each client in one unit, got {', '.join(twice)} in more: delete the repetition"}
+            )
+        return self
+
+    def fewest_units(self, size: int) -> int:
+        """Units that a roster of so many clients has at least."""
+        return size - sum(len(names) - 1 for names in self.units.values() if names)
+
+    def bit_noise(self, num_units: int) -> float:
+        """Standard deviation of the noise on the sum of the bits by which an adaptive bound is found."""
+        return max(self.sampling_rate * num_units / 20, 2.5 * self.noise_multiplier)
+
+    def problems(self, run: RunConfig) -> dict[str, str]:
+        """What the rest of the run does not allow, by field."""
+        problems: dict[str, str] = {}
+        num_units, rate = self.fewest_units(run.cohort.size), self.sampling_rate
+        if num_units < 1 or self.delta >= 1 / num_units:
+            problems["privacy.delta"] = (
+                f"expected less than 1 / {num_units} units (cohort.size, owners counted once), got {self.delta:g}; such a guarantee "
+                "would allow that one of them is given away whole: lower it, best to a tenth of that"
+            )
+        if rate * num_units < MIN_EXPECTED_COHORT:
+            problems["privacy.sampling_rate"] = (
+                f"expected at least {MIN_EXPECTED_COHORT:g} in a round on average, got {rate:g} of {num_units} = "
+                f"{rate * num_units:.3g}; the noise would drown whatever is sent: raise it, or raise cohort.size"
+            )
+        return problems | refused_features(run, "central")
+
+
+PrivacyConfig: TypeAlias = Annotated[Union[NoPrivacyConfig, CentralPrivacyConfig], Field(discriminator="kind")]  # noqa: UP007
+
+Mode = Literal["central"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a feature in a mode. Refused where there is a `field` to put it right, with the reason and the cure in
+    `text`; otherwise `text` says at what cost it is allowed."""
+
+    text: str
+    field: str = ""
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether a run may have it."""
+        return not self.field
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a run can have besides its guarantee: what it is, when a config has it, an example, and what becomes of it by
+    mode."""
+
+    name: str
+    is_used: Callable[[RunConfig], bool]
+    example: str
+    verdicts: Mapping[Mode, Verdict]
+
+
+def refused_features(run: RunConfig, mode: Mode) -> dict[str, str]:
+    """What a config has and the mode refuses, by field."""
+    used = [feature.verdicts[mode] for feature in FEATURES if feature.is_used(run)]
+    return {verdict.field: verdict.text for verdict in used if not verdict.is_allowed}
+
+
+_FREE = "free: it is computed from what is released anyway"
+
+
+def _weighting_is(*weightings: str) -> Callable[[RunConfig], bool]:
+    return lambda run: run.aggregation.kind == "mean" and run.aggregation.weighting in weightings
+
+
+def _watches_training(run: RunConfig) -> bool:
+    schedule = run.training.schedule
+    return schedule.kind == "plateau" and (schedule.metric or "").startswith("train.")
+
+
+def _central(field: str, text: str) -> dict[Mode, Verdict]:
+    return {"central": Verdict(text, field)}
+
+
+FEATURES: tuple[Feature, ...] = (
+    Feature(
+        "weights by number of examples, or by the workload",
+        _weighting_is("examples", "custom"),
+        '[aggregation]\nkind = "mean"\nweighting = "custom"',
+        _central(
+            "aggregation.weighting",
+            'weights that the sites\' data decide change how much one client may move the sum; set weighting = "uniform"',
+        ),
+    ),
+    Feature(
+        "weights by validation loss",
+        _weighting_is("inverse_loss"),
+        '[aggregation]\nkind = "mean"\nweighting = "inverse_loss"',
+        _central(
+            "aggregation.weighting",
+            "losses come of the sites' data, and one client could move the sum beyond its clipping norm; set weighting = "
+            '"uniform"',
+        ),
+    ),
+    Feature(
+        "weights that the operator gives",
+        lambda run: bool(run.aggregation.importance),
+        '[aggregation]\nkind = "mean"\nweighting = "uniform"\nimportance = { a = 2 }',
+        _central(
+            "aggregation.importance",
+            "every client counts the same where noise is to hide any one of them; delete it",
+        ),
+    ),
+    Feature(
+        "q-FedAvg",
+        lambda run: run.aggregation.kind == "qfedavg",
+        '[aggregation]\nkind = "qfedavg"',
+        _central(
+            "aggregation.kind",
+            'qfedavg weights by losses, which come of the sites\' data; take "mean" with weighting = "uniform"',
+        ),
+    ),
+    Feature(
+        "robust aggregation",
+        lambda run: run.aggregation.kind not in ("mean", "qfedavg"),
+        '[aggregation]\nkind = "median"\nnum_byzantine = 1',
+        _central(
+            "aggregation.kind",
+            "how far one client may move a robust rule's result is not bounded by its clipping norm; take "
+            '"mean" with weighting = "uniform", which clipping makes robust against length',
+        ),
+    ),
+    Feature(
+        "a bound on values",
+        lambda run: run.aggregation.bound is not None,
+        '[aggregation]\nkind = "mean"\nweighting = "uniform"\nbound = 1.0',
+        _central("aggregation.bound", "updates are cut to privacy.clipping, which bounds every value; delete it"),
+    ),
+    Feature(
+        "buffered rounds",
+        lambda run: run.rounds.kind == "buffered",
+        '[rounds]\nkind = "buffered"\nconcurrency = 2',
+        _central(
+            "rounds.kind",
+            "who is in a buffer hangs on who is fast, which no accountant covers; delete [rounds]",
+        ),
+    ),
+    Feature(
+        "cohorts that are not drawn by coins",
+        lambda run: run.cohort.selection != "random",
+        '[cohort]\nsize = 100\nselection = "round_robin"',
+        _central(
+            "cohort.selection",
+            "the accountant covers independent coins alone, and losses come of the sites' data; delete it",
+        ),
+    ),
+    Feature(
+        "over-selection",
+        lambda run: run.cohort.over_selection != 1,
+        "[cohort]\nsize = 100\nover_selection = 1.5",
+        _central(
+            "cohort.over_selection",
+            "the cohort is drawn by privacy.sampling_rate, and who is late counts as zero; delete it",
+        ),
+    ),
+    Feature(
+        "a quorum, or a wait for so many clients",
+        lambda run: (
+            (run.cohort.quorum, run.cohort.min_clients) != (math.ceil(run.cohort.size * 2 / 3), run.cohort.size)
+        ),
+        "[cohort]\nsize = 100\nquorum = 3",
+        _central(
+            "cohort.quorum",
+            "a round is released whoever comes, or the release would say who did; delete quorum and min_clients",
+        ),
+    ),
+    Feature(
+        "SCAFFOLD",
+        lambda run: run.training.objective.kind == "scaffold",
+        '[training.objective]\nkind = "scaffold"\npopulation = 100',
+        _central(
+            "training.objective",
+            "scaffold sends the sum of all sites' variates, a second release that has no noise; "
+            'take "plain" or "fedprox"',
+        ),
+    ),
+    Feature(
+        "FedDyn",
+        lambda run: run.training.objective.kind == "feddyn",
+        '[training.objective]\nkind = "feddyn"\npopulation = 100',
+        _central(
+            "training.objective",
+            "feddyn adds up what each site sent over the whole run, and its rule for the server divides by who has "
+            'taken part; take "plain" or "fedprox"',
+        ),
+    ),
+    Feature(
+        "FedNova",
+        lambda run: run.training.objective.kind == "fednova",
+        '[training.objective]\nkind = "fednova"',
+        _central(
+            "training.objective",
+            "fednova scales the mean by the work that the sites did, which hangs on how much data they have; take "
+            '"plain" or "fedprox"',
+        ),
+    ),
+    Feature(
+        "FedProx",
+        lambda run: run.training.objective.kind == "fedprox",
+        '[training.objective]\nkind = "fedprox"',
+        {"central": Verdict("free: it changes what a client trains, not what it may send")},
+    ),
+    Feature(
+        "evaluation by the clients, and what follows from it (best version, target, patience)",
+        lambda run: run.evaluation.at in ("clients", "both"),
+        '[evaluation]\nat = "clients"',
+        _central(
+            "evaluation.at",
+            'metrics of the clients\' data would be released without noise; take "coordinator" (on public data, with fed-server '
+            '--workload) or "none"',
+        ),
+    ),
+    Feature(
+        "a learning rate that falls by the training's loss",
+        _watches_training,
+        '[training.schedule]\nkind = "plateau"\nmetric = "train.loss"\ndirection = "min"',
+        _central(
+            "training.schedule.metric",
+            "the losses of a cohort would be released without noise; watch a metric of the coordinator's evaluation",
+        ),
+    ),
+    Feature(
+        "evaluation at the coordinator, and what follows from it (best version, target, patience, plateau)",
+        lambda run: run.evaluation.at == "coordinator",
+        '[evaluation]\nat = "coordinator"',
+        {"central": Verdict(f"{_FREE}, and from data that the coordinator has, which must be nobody's secret")},
+    ),
+    Feature(
+        "a server optimizer, or a moving average of the versions",
+        lambda run: run.server_optimizer.kind != "sgd" or run.average.decay > 0,
+        '[server_optimizer]\nkind = "adam"\n[average]\ndecay = 0.9',
+        {"central": Verdict(_FREE)},
+    ),
+    Feature(
+        "error feedback at the clients",
+        lambda run: bool(getattr(run.uplink, "feedback", False)),
+        '[uplink]\nkind = "sign"\nfeedback = true',
+        {"central": Verdict("free: what is carried over is the client's own, and is cut with its next update")},
+    ),
+    Feature(
+        "a time budget",
+        lambda run: run.schedule.time_budget_seconds > 0,
+        "[schedule]\nmax_rounds = 3\ntime_budget_seconds = 5.0",
+        {"central": Verdict("free: it changes what a client trains, not what it may send")},
+    ),
+)
+"""Every feature of a run that could release something besides the versions, or change what one client may do to them."""
