@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Final
 
 from fed_core.errors import ConfigError
@@ -32,8 +33,8 @@ from fed_core.privacy.mechanism import Everyone, FixedSize, Mechanism, Poisson, 
 INTERVAL: Final = 1e-4
 # For guesses that the fine grid then corrects.
 _COARSE: Final = 1e-3
-# A distribution has at most about this many points to each side: epsilons of 100 and above are computed on coarser grids.
-_MAX_POINTS: Final = 2**20
+# A distribution has at most about this many points to each side: epsilons of 20 and above are computed on coarser grids.
+_MAX_POINTS: Final = 2**18
 # Enough to know how far a distribution reaches, at a hundredth of the cost of all.
 _FEW_ORDERS: Final = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 # Noise of less than a hundredth of what it hides is accounted as none: the epsilon of one round is above 4,000.
@@ -493,15 +494,19 @@ def _order_divergences(noise: float, sampling: Sampling, orders: tuple[int, ...]
     return accountant._orders, accountant._rdp
 
 
+_SILENCE = Lock()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without dp-accounting's warnings of orders that it leaves out: others take their place."""
     logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+    with _SILENCE:
+        before, logger.disabled = logger.disabled, True
+        try:
+            yield
+        finally:
+            logger.disabled = before
 
 
 # Searches
@@ -533,14 +538,19 @@ def _least(excess: Callable[[float], float], low: float, high: float) -> float:
 
 def _correct(excess: Callable[[float], float], near: float, slope: float) -> float:
     """The least noise without excess, from above, to 1e-4, given one `near` it and the slope of excess over log(noise)."""
+    slope = min(slope, -0.1)
     band = -slope * _RELATIVE
+    low, high = 0.0, math.inf
     noise = near
     while True:
         noise = _round_up(max(noise, _LEAST_NOISE))
         found = excess(noise)
-        if -band <= found <= 0 or (found < 0 and noise <= _LEAST_NOISE * (1 + _RELATIVE)):
-            return noise
+        low, high = (low, noise) if found <= 0 else (noise, high)
+        if -band <= found <= 0 or high <= max(low, _LEAST_NOISE) * (1 + _RELATIVE):
+            return high
         noise *= math.exp((found + band / 2) / -slope)
+        if not low < noise < high:
+            noise = math.sqrt(low * high)
 
 
 def _round_up(noise: float) -> float:

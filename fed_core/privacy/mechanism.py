@@ -8,11 +8,12 @@ given sigma / sensitivity and never sigma / clipping norm, which is twice as muc
     central_poisson     client    adding or removing one      C            an independent coin for each client
     central_adaptive    client    adding or removing one      C            the same, clipped bits in the same event
     central_fixed       client    replacing one               2 C          m of N, without replacement
-    correlated          client    adding or removing one      C x s        none: one event pays for all rounds
+    correlated          client    adding or removing one      C x s_C      none: one event pays for all rounds
     local               client    replacing one               2 C          none
     example_poisson     example   adding or removing one      C            an independent coin for each example
 
-C is the clipping norm, a bound of the L2 norm of one unit's contribution. What no accountant covers is refused here.
+C is the clipping norm, a bound of the L2 norm of one unit's contribution; s_C is the sensitivity of a factorization for norm 1.
+What no accountant covers is refused here.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Correlation:
         max_participations: most rounds to which one client contributes; enforced by whoever draws cohorts.
         min_separation: least distance between two rounds to which a client contributes, 1 where any two may follow each other.
 
-    Raises ConfigError for counts that contradict each other."""
+    Raises ConfigError for a count below 1."""
 
     kind: str
     num_rounds: int
@@ -90,15 +91,7 @@ class Correlation:
 
     def __post_init__(self) -> None:
         if min(self.num_rounds, self.max_participations, self.min_separation) < 1:
-            raise ConfigError(
-                "correlated noise needs at least one round, one participation and a separation of one round"
-            )
-        needed = (self.max_participations - 1) * self.min_separation + 1
-        if needed > self.num_rounds:
-            raise ConfigError(
-                f"{self.max_participations} participations at least {self.min_separation} rounds apart need {needed} rounds, and "
-                f"the run has {self.num_rounds}: declare at most {(self.num_rounds - 1) // self.min_separation + 1} participations"
-            )
+            raise ConfigError("correlated noise needs num_rounds, max_participations and min_separation of at least 1")
 
 
 @dataclass(frozen=True)
@@ -287,7 +280,8 @@ _SAMPLINGS: Final[Mapping[str, type[Everyone] | type[Poisson] | type[FixedSize]]
 }
 
 
-# The declared mechanisms. `noise_multiplier` is what run configs call so: standard deviation over clipping norm.
+# The declared mechanisms. `noise_multiplier` is what run configs call so: standard deviation over clipping norm (in `correlated`,
+# over the run's sensitivity).
 
 
 def central_poisson(clipping_norm: float, noise_multiplier: float, rate: float) -> Mechanism:
@@ -308,17 +302,15 @@ def central_fixed(clipping_norm: float, noise_multiplier: float, size: int, popu
 
 
 def correlated(
-    clipping_norm: float,
-    noise_multiplier: float,
-    norms: float,
-    correlation: Correlation,
+    clipping_norm: float, noise_multiplier: float, factor_sensitivity: float, correlation: Correlation
 ) -> Mechanism:
-    """A whole run with correlated noise Z, of which the rounds' noises are linear combinations (released: A x + B Z, A = B C).
+    """A whole run whose rounds' noises are linear combinations of independent Gaussians Z, accounted as one Gaussian mechanism.
 
-    `norms` is the sensitivity of C x for a clipping norm of 1, over every pattern of participations that `correlation` allows;
-    noise_multiplier x clipping_norm is the standard deviation of Z."""
-    sigma = noise_multiplier * clipping_norm
-    return Mechanism("client", "add_remove", norms * clipping_norm, sigma, Everyone(), correlation)
+    With A = B C the factorization of prefix sums, what is released is B (C X + Z). `factor_sensitivity` is how far C X moves at
+    most by one client with updates of norm 1, over every pattern of participations that `correlation` allows. `noise_multiplier` is
+    that of the whole run: Z has standard deviation noise_multiplier * clipping_norm * factor_sensitivity."""
+    sensitivity = factor_sensitivity * clipping_norm
+    return Mechanism("client", "add_remove", sensitivity, noise_multiplier * sensitivity, Everyone(), correlation)
 
 
 def local(clipping_norm: float, noise_multiplier: float) -> Mechanism:
