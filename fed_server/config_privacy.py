@@ -123,18 +123,14 @@ class CentralPrivacyConfig(ConfigTable):
         """Units that a roster of so many clients has at least."""
         return size - sum(len(names) - 1 for names in self.units.values() if names)
 
-    def bit_noise(self, num_units: int) -> float:
-        """Standard deviation of the noise on the sum of the bits by which an adaptive bound is found."""
-        return max(self.sampling_rate * num_units / 20, 2.5 * self.noise_multiplier)
-
     def problems(self, run: RunConfig) -> dict[str, str]:
         """What the rest of the run does not allow, by field."""
         problems: dict[str, str] = {}
         num_units, rate = self.fewest_units(run.cohort.size), self.sampling_rate
         if num_units < 1 or self.delta >= 1 / num_units:
             problems["privacy.delta"] = (
-                f"expected less than 1 / {num_units} units (cohort.size, owners counted once), got {self.delta:g}; such a guarantee "
-                "would allow that one of them is given away whole: lower it, best to a tenth of that"
+                f"expected less than 1 / {num_units} units (cohort.size, owners counted once), got {self.delta:g}; such a "
+                "guarantee would allow that one of them is given away whole: lower it, best to a tenth of that"
             )
         if rate * num_units < MIN_EXPECTED_COHORT:
             problems["privacy.sampling_rate"] = (

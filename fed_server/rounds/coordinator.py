@@ -23,6 +23,7 @@ from fed_core.payload.manifest import Manifest
 from fed_core.payload.reader import PayloadReader
 from fed_core.specs import BUFFER, TensorSpec, fingerprint, is_floating, variate_specs
 from fed_server.aggregation.merge_rules import merge_rules
+from fed_server.aggregation.private import released_specs
 from fed_server.config import (
     BufferedConfig,
     LatticeDownlinkConfig,
@@ -32,6 +33,7 @@ from fed_server.config import (
     ScaffoldConfig,
     parse_run_config,
 )
+from fed_server.config_privacy import CentralPrivacyConfig
 from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.buffered import staleness_notice
@@ -40,6 +42,7 @@ from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, sele
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
 from fed_server.rounds.policy import importance_policy, population, run_grid_policy, server_optimizer
+from fed_server.rounds.private_run import PrivateRun, privacy_notices
 from fed_server.rounds.risk import risk_notice
 from fed_server.rounds.run import LiveRun
 from fed_server.rounds.signal import Signal
@@ -95,6 +98,7 @@ class Coordinator:
         self._promised: dict[str, set[str]] = {}
         # Held from the publication of a file until the transaction that refers to it, and by whoever deletes unreferenced files.
         self.files_lock = asyncio.Lock()
+        self.ledger_lock = asyncio.Lock()
         self._garbage = Signal()
         self._collector: asyncio.Task[None] | None = None
         self.is_draining = False
@@ -129,8 +133,7 @@ class Coordinator:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _adopt(self, record: RunRecord, config: RunConfig) -> LiveRun:
-        kind = BufferedRun if isinstance(config.rounds, BufferedConfig) else LiveRun
-        run = kind(self._facilities, self, record, config)
+        run = _kind_of(config)(self._facilities, self, record, config)
         await run.load()
         self._runs[record.run_id] = run
         self.assignments_changed(run.open_assignments())
@@ -245,7 +248,10 @@ class Coordinator:
         waiting = []
         for run in self._runs.values():
             mismatch = _mismatch(run.config, presence) if presence else None
-            waiting.append(f"run {run.record.name}: {f'this site {mismatch}' if mismatch else run.reason}")
+            if excluded := run.excludes(self._clients[client_id].name):
+                waiting.append(f"run {run.record.name}: {excluded}")
+            else:
+                waiting.append(f"run {run.record.name}: {f'this site {mismatch}' if mismatch else run.reason}")
         return "; ".join(waiting) or "there is no active run"
 
     # Assignments
@@ -280,8 +286,9 @@ class Coordinator:
         except NotFoundError as error:
             return str(error)
         if assignment.state is AssignmentState.OPEN:
-            membership.report(assignment_id, now, phase, done, total, metrics)
-            self._runs[assignment.run_id].changed.notify()
+            run = self._runs[assignment.run_id]
+            membership.report(assignment_id, now, phase, done, total, metrics if run.keeps_metrics else {})
+            run.changed.notify()
             return ""
         return "" if assignment.state is AssignmentState.RECEIVED else assignment.reason
 
@@ -376,7 +383,9 @@ class Coordinator:
         def make() -> tuple[RunRecord, ModelRecord, BroadcastRecord]:
             with PayloadReader(model_path) as payload:
                 manifest = payload.manifest
-                merge_rules(manifest.specs, [(m.pattern, m.rule) for m in config.aggregation.merge])
+                rules = merge_rules(manifest.specs, [(m.pattern, m.rule) for m in config.aggregation.merge])
+                if isinstance(config.privacy, CentralPrivacyConfig):
+                    released_specs(manifest.specs, rules)
                 _require_disk(self._facilities, manifest, config)
                 if config.average.decay > 0:
                     _require_averageable(manifest.specs)
@@ -446,6 +455,10 @@ class Coordinator:
         elif isinstance(config.aggregation, RobustConfig):
             num_sites = max(len(candidates.alive), config.cohort.min_clients)
             notices = [risk_notice(config, config.aggregation, num_sites)]
+        elif isinstance(config.privacy, CentralPrivacyConfig):
+            named = config.privacy.population
+            charged = await workers.store(lambda tx: tx.charges_of_population(named))
+            notices = await workers.compute(privacy_notices, config, config.privacy, charged)
         else:
             notices = [
                 f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
@@ -580,6 +593,10 @@ class Coordinator:
         """Names of those who could be asked for a round of the run now, busy or not."""
         return self._candidates(run).alive
 
+    def keep_none(self, run: LiveRun) -> None:
+        """Gives back what `select` promised the run."""
+        self._promised.pop(run.run_id, None)
+
     def client_ids(self, names: Iterable[str]) -> dict[str, str]:
         """Ids of clients by name."""
         return {name: self._ids[name] for name in names}
@@ -634,6 +651,7 @@ class Coordinator:
             live_models: set[tuple[str, int]] = set()
             live_masters: set[tuple[str, int]] = set()
             live_payloads: set[str] = set()
+            live_released: set[tuple[str, int]] = set()
 
             def read(tx: Transaction) -> tuple[set[str], set[str]]:
                 updates: set[str] = set()
@@ -651,6 +669,8 @@ class Coordinator:
                     if round is not None and round.state not in (RoundState.COMMITTED, RoundState.FAILED):
                         live_masters.add((record.run_id, round.base_version))
                         first = round.round
+                        if round.state is not RoundState.EVALUATING:
+                            live_released.add((record.run_id, round.round))
                     for assignment in tx.unsettled_assignments(record.run_id, first):
                         if assignment.state is AssignmentState.RECEIVED:
                             updates.add(assignment.assignment_id)
@@ -660,10 +680,16 @@ class Coordinator:
 
             updates, uploads = await self._facilities.workers.store(read)
             deleted = await self._facilities.workers.disk(
-                files.sweep, updates, uploads, live_payloads, live_models, live_masters, listed
+                files.sweep, updates, uploads, live_payloads, live_models, live_masters, live_released, listed
             )
             if deleted:
                 logger.debug("files deleted", extra={"count": len(deleted)})
+
+
+def _kind_of(config: RunConfig) -> type[LiveRun]:
+    if isinstance(config.privacy, CentralPrivacyConfig):
+        return PrivateRun
+    return BufferedRun if isinstance(config.rounds, BufferedConfig) else LiveRun
 
 
 def _mismatch(config: RunConfig, presence: Presence) -> str | None:

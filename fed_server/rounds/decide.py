@@ -69,6 +69,19 @@ def decide(view: RoundView) -> Decision:
     return Decision(Verdict.WAIT, f"{count}; waiting for {list_missing(pending)}")
 
 
+def decide_private(view: RoundView) -> Decision:
+    """Whether a private round goes on or closes. It waits for all that were drawn, whether they are there or not, and never fails:
+    who is late or absent counts as zero."""
+    pending = [m for m in view.members if m.state is AssignmentState.OPEN]
+    received = sum(m.state is AssignmentState.RECEIVED for m in view.members)
+    count = f"{received} of {len(view.members)} updates"
+    if not pending:
+        return Decision(Verdict.CLOSE, f"nobody left to wait for: {count}")
+    if 0 < view.deadline_seconds <= view.elapsed_seconds:
+        return Decision(Verdict.CLOSE, f"{count} at the deadline of {view.deadline_seconds:g} s")
+    return Decision(Verdict.WAIT, f"{count}; waiting for {list_missing(pending)}")
+
+
 def decide_evaluation(view: RoundView) -> Decision:
     """Whether an evaluation goes on or closes. It never fails: what was measured is used."""
     pending = [m for m in view.members if m.state is AssignmentState.OPEN]

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fed_core.codecs.base import Encoding
 from fed_core.codecs.registry import CODECS_OF
@@ -83,6 +84,7 @@ from fed_server.store.base import (
     AssignmentRecord,
     AssignmentState,
     BroadcastRecord,
+    LedgerRecord,
     Metrics,
     ModelRecord,
     RoundRecord,
@@ -155,6 +157,15 @@ class LiveRun:
     def wants_clients(self) -> bool:
         """Whether the run would ask clients to train now."""
         return self.record.state is RunState.ACTIVE and self.round is None
+
+    @property
+    def keeps_metrics(self) -> bool:
+        """Whether what clients measure on their data is taken note of."""
+        return True
+
+    def excludes(self, name: str) -> str:
+        """Why a site is never asked, whatever it offers; empty where it may be."""
+        return ""
 
     @property
     def next_round(self) -> int:
@@ -270,7 +281,7 @@ class LiveRun:
                 return tuple(reader.specs)
 
         self.specs = await self._facilities.workers.disk(read_specs)
-        is_filling = self.round is not None and self.round.state in (RoundState.TRAINING, RoundState.AGGREGATING)
+        is_filling = self._is_filling()
         if is_filling:
             self._begin_folding()
         of_round = self._received(AssignmentKind.TRAIN)
@@ -282,6 +293,10 @@ class LiveRun:
                 await self._set_aside(assignment, damage)
             elif assignment in of_round:
                 self._folding.put(assignment)
+
+    def _is_filling(self) -> bool:
+        """Whether the updates of the open round are still to be folded."""
+        return self.round is not None and self.round.state in (RoundState.TRAINING, RoundState.AGGREGATING)
 
     def _note_selected(self, assignments: Iterable[AssignmentRecord]) -> None:
         for assignment in assignments:
@@ -561,7 +576,7 @@ class LiveRun:
 
     async def _aggregate_and_commit(self) -> None:
         assert self.round is not None
-        aggregate, files, round = await self._folding.finished(), self._facilities.files, self.round
+        aggregate, round = await self._folding.finished(), self.round
         for assignment, reason in self._folding.lost:
             await self._set_aside(assignment, reason)
         if aggregate is None or aggregate.num_updates < round.quorum:
@@ -575,6 +590,12 @@ class LiveRun:
         except InvalidError as error:
             await self._fail_round(Decision(Verdict.FAIL, str(error)))
             return
+        await self._make_and_commit(aggregate)
+
+    async def _make_and_commit(self, aggregate: Aggregator) -> None:
+        """Makes the next version of all that there is of the round."""
+        assert self.round is not None
+        files, round = self._facilities.files, self.round
         version = self.record.model_version + 1
         model_path, master_path = files.model_path(self.run_id, version), files.master_path(self.run_id, version)
         optimizer_path = files.optimizer_path(self.run_id, version)
@@ -673,6 +694,7 @@ class LiveRun:
                     parts.payload,
                     run_id=self.run_id,
                     version=version,
+                    notes=self._version_notes,
                 )
             master = opened.enter_context(SafetensorsReader(files.master_path(self.run_id, base.version)))
             return write_encoded(
@@ -686,7 +708,13 @@ class LiveRun:
                 master=master,
                 base=committed,
                 base_digest=bytes.fromhex(base.payload_digest),
+                notes=self._version_notes,
             )
+
+    @property
+    def _version_notes(self) -> Mapping[str, str]:
+        """What a version's file says of itself besides its number."""
+        return {}
 
     def _make_average(self, version: int, model_part: Path, average_part: Path) -> None:
         """Writes the average of the versions up to one that is made but not yet published; blocks."""
@@ -742,6 +770,7 @@ class LiveRun:
             state=RoundState.COMMITTED if is_last_phase else RoundState.EVALUATING,
             model_version=model.version,
             metrics=self._training_metrics(),
+            **self._round_outcome(),
         )
         record = replace(self.record, model_version=model.version, num_failed_rounds=0, reason=committed.reason)
         if is_last_phase:
@@ -755,6 +784,10 @@ class LiveRun:
         if is_last_phase:
             self._end_round()
         return evaluators, committed
+
+    def _round_outcome(self) -> dict[str, Any]:
+        """What else a committed round's record says."""
+        return {}
 
     def _measured(self, record: RunRecord, round: RoundRecord) -> tuple[RunRecord, RoundRecord]:
         """Both after a round that has all its metrics, as a plateau schedule sees it; that the learning rate falls is in the
@@ -932,7 +965,7 @@ class LiveRun:
             place = self._place(assignment)
             update = manifest.update
             assert update is not None
-            received = replace(
+            received = self._as_kept(
                 assignment,
                 state=AssignmentState.RECEIVED,
                 received_time=self._facilities.clock.now(),
@@ -1054,6 +1087,7 @@ class LiveRun:
         assignments: Iterable[AssignmentRecord] = (),
         models: Iterable[ModelRecord] = (),
         broadcasts: Iterable[BroadcastRecord] = (),
+        charges: Iterable[LedgerRecord] = (),
     ) -> bool:
         """One transaction, then the same in memory. False where the run has ended in the meantime and nothing was written."""
         if self.record.state is not RunState.ACTIVE:
@@ -1072,6 +1106,8 @@ class LiveRun:
                 tx.put(model)
             for broadcast in broadcasts:
                 tx.put(broadcast)
+            for charge in charges:
+                tx.put(charge)
             for assignment in (*changed, *traffic):
                 tx.put(assignment)
 
@@ -1094,6 +1130,10 @@ class LiveRun:
     def _weight(self, weight: int, place: Place) -> int:
         """What an update counts that has this weight by itself."""
         return weight
+
+    def _as_kept(self, assignment: AssignmentRecord, **told: Any) -> AssignmentRecord:
+        """The record of an update, with what was told of it."""
+        return replace(assignment, **told)
 
     @property
     def _present_buffer(self) -> int:

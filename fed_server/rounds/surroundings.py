@@ -44,9 +44,18 @@ class Surroundings(Protocol):
     to it."""
 
     files_lock: asyncio.Lock
+    ledger_lock: asyncio.Lock
+    """Held from the reading of what a population spent until the transaction that charges it."""
+
+    is_draining: bool
+    """Whether no more work is to be begun."""
 
     def select(self, run: LiveRun) -> Selection:
         """The cohort of the run's next round, or whom a buffered run asks next, in turn with the other runs."""
+        ...
+
+    def keep_none(self, run: LiveRun) -> None:
+        """Gives back what `select` promised the run."""
         ...
 
     def client_ids(self, names: Iterable[str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,17 +68,24 @@ def next_tile(base: SafetensorsReader, aggregate: Aggregator, steps: Steps) -> T
 
 
 def write_whole(
-    specs: Sequence[TensorSpec], tile_of: TileOf, model_path: Path, payload_path: Path, *, run_id: str, version: int
+    specs: Sequence[TensorSpec],
+    tile_of: TileOf,
+    model_path: Path,
+    payload_path: Path,
+    *,
+    run_id: str,
+    version: int,
+    notes: Mapping[str, str] | None = None,
 ) -> MadeVersion:
     """Writes a version once as safetensors, to keep, and once as a payload in the raw codec, to send whole; the caller publishes
-    both.
+    both. `notes` go into the metadata of the former.
 
     Memory: a few tiles. Raises NotFiniteError naming the tensor where a value is NaN or infinite (a float16 tensor overflowed).
     """
     meter = _ValueMeter(version)
     hasher = blake3()
     with model_path.open("wb+") as model_file, payload_path.open("wb+") as payload_file:
-        writer = SafetensorsWriter(model_file, specs, _metadata(run_id, version))
+        writer = SafetensorsWriter(model_file, specs, _metadata(run_id, version, notes))
 
         def seen(spec: TensorSpec, codec: str, first: int, tile: Tensor) -> None:
             hasher.update(tile.view(torch.uint8).numpy().data)
@@ -118,13 +125,15 @@ def write_encoded(
     master: SafetensorsReader | None = None,
     base: SafetensorsReader | None = None,
     base_digest: bytes = b"",
+    notes: Mapping[str, str] | None = None,
 ) -> MadeVersion:
     """Writes the next master weights w', a payload that leads to the next version v', and v' itself.
 
-    `tile_of` gives w'. The payload encodes w' - v, a delta from the committed version v (`base`, identified by `base_digest`), or,
-    where there is none, w' as a whole model; v' is what a receiver makes of it, to the bit. What the encoding leaves out, w' - v',
-    is nowhere stored: it is in the next w' - v again. `encoding_for` chooses the encoding by what has changed since the last master
-    weights w. Memory: a few tiles and what the encoding needs. Raises NotFiniteError as `write_whole` does."""
+    `tile_of` gives w'. The payload encodes w' - v, a delta from the committed version v (`base`, identified by `base_digest`),
+    or, where there is none, w' as a whole model; v' is what a receiver makes of it, to the bit. What the encoding leaves out,
+    w' - v', is nowhere stored: it is in the next w' - v again. `encoding_for` chooses the encoding by what has changed since
+    the last master weights w. `notes` go into the metadata of the version's file. Memory: a few tiles and what the encoding
+    needs. Raises NotFiniteError as `write_whole` does."""
     meter, change = _ValueMeter(version), ChangeMeter(committed=base)
     with paths.master.open("wb+") as file:
         writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
@@ -138,7 +147,7 @@ def write_encoded(
 
     seen = _ValueMeter(version)
     with SafetensorsReader(paths.master) as moved, paths.model.open("wb+") as file, paths.payload.open("wb+") as out:
-        model_writer = SafetensorsWriter(file, specs, _metadata(run_id, version))
+        model_writer = SafetensorsWriter(file, specs, _metadata(run_id, version, notes))
         values = {spec.name: source for spec, source in file_sources(moved)}
 
         def change_of(spec: TensorSpec) -> TileSource:
@@ -276,8 +285,8 @@ class _ValueMeter:
         self.max_abs[spec.name] = max(largest, self.max_abs.get(spec.name, 0.0))
 
 
-def _metadata(run_id: str, version: int) -> dict[str, str]:
-    return {"run_id": run_id, "version": str(version)}
+def _metadata(run_id: str, version: int, notes: Mapping[str, str] | None = None) -> dict[str, str]:
+    return {**(notes or {}), "run_id": run_id, "version": str(version)}
 
 
 def _tiles(spec: TensorSpec) -> Iterator[tuple[int, int]]:

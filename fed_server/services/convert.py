@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from fed_core.errors import InvalidError
+from fed_core.privacy.mechanism import Mechanism
 from fed_server.config import parse_run_config
 from fed_server.rounds.broadcast import VARIATE, WHOLE
 from fed_server.rounds.coordinator import Coordinator
@@ -18,6 +20,7 @@ from fed_server.store.base import (
     AssignmentState,
     BroadcastRecord,
     ClientRecord,
+    LedgerRecord,
     ModelRecord,
     Participation,
     RoundRecord,
@@ -97,6 +100,22 @@ def run_to_proto(record: RunRecord, live: LiveRun | None, metrics: Mapping[str, 
         metrics=metrics_to_proto(metrics),
         config_toml=record.config_toml,
         num_parameters=record.num_parameters,
+    )
+
+
+def charge_to_proto(charge: LedgerRecord, is_released: bool) -> runs_pb2.PrivacyCharge:
+    """What a round cost."""
+    mechanism = Mechanism.from_json(json.loads(charge.mechanism))
+    return runs_pb2.PrivacyCharge(
+        round=charge.round,
+        epsilon=charge.epsilon,
+        epsilon_rdp=charge.epsilon_rdp,
+        epsilon_of_cohort=charge.epsilon_of_cohort,
+        population_epsilon=charge.population_epsilon,
+        failure=charge.failure,
+        clipping_norm=mechanism.sensitivity,
+        sigma=mechanism.update_sigma,
+        is_released=is_released,
     )
 
 
@@ -184,8 +203,10 @@ def sum_traffic(parts: Iterable[runs_pb2.Traffic]) -> runs_pb2.Traffic:
     return total
 
 
-def model_to_proto(record: ModelRecord, best_version: int, delta_bytes: int = 0) -> runs_pb2.ModelVersion:
-    """A version; `delta_bytes` is the length of its delta, where it has one."""
+def model_to_proto(
+    record: ModelRecord, best_version: int, delta_bytes: int = 0, privacy: str = ""
+) -> runs_pb2.ModelVersion:
+    """A version; `delta_bytes` is the length of its delta, where it has one, and `privacy` what was spent with it, in words."""
     return runs_pb2.ModelVersion(
         version=record.version,
         round=record.round,
@@ -200,6 +221,7 @@ def model_to_proto(record: ModelRecord, best_version: int, delta_bytes: int = 0)
         file_bytes=record.file_bytes,
         fidelity=_fidelity(record) if record.version > 0 else None,
         delta_bytes=delta_bytes,
+        privacy=privacy,
     )
 
 

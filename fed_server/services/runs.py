@@ -11,12 +11,16 @@ from typing import Any
 from fed_core.errors import CorruptError, InvalidError, NotFoundError
 from fed_core.payload.frames import CHUNK_BYTES
 from fed_core.payload.verify import SegmentVerifier
-from fed_server.config import MAX_CONFIG_BYTES
+from fed_server.config import MAX_CONFIG_BYTES, parse_run_config
+from fed_server.config_privacy import CentralPrivacyConfig
+from fed_server.privacy.ledger import NOTHING_RELEASED, claims
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.membership import Membership, Progress
+from fed_server.rounds.private_run import project
 from fed_server.rounds.run import LiveRun
 from fed_server.rounds.workers import Workers
 from fed_server.services.convert import (
+    charge_to_proto,
     client_to_proto,
     model_to_proto,
     participations_to_proto,
@@ -27,7 +31,9 @@ from fed_server.services.convert import (
 from fed_server.store.base import (
     AssignmentRecord,
     AssignmentState,
+    LedgerRecord,
     ModelRecord,
+    RosterRecord,
     RoundRecord,
     RoundState,
     RunRecord,
@@ -147,14 +153,10 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         """See the proto."""
         record = await self._coordinator.find_run(request.run)
         rounds = await self._rounds(record)
-        models, broadcasts = await self._workers.store(
-            lambda tx: (tx.models(record.run_id), tx.broadcasts(record.run_id))
-        )
-        deltas = {b.version: b.num_bytes for b in broadcasts if b.base_version == b.version - 1 >= 0}
         return runs_pb2.GetReportResponse(
             run=await self._run(record),
             rounds=rounds,
-            models=[model_to_proto(model, record.best_version, deltas.get(model.version, 0)) for model in models],
+            models=await self._models(record),
             downlink=sum_traffic(r.downlink for r in rounds),
             uplink=sum_traffic(r.uplink for r in rounds),
             sites=await self._sites(record),
@@ -168,8 +170,51 @@ class RunsService(runs_pb2_grpc.RunsServicer):
     async def ListModels(self, request: runs_pb2.ListModelsRequest, context: Any) -> runs_pb2.ListModelsResponse:
         """See the proto."""
         record = await self._coordinator.find_run(request.run)
-        models = await self._workers.store(lambda tx: tx.models(record.run_id))
-        return runs_pb2.ListModelsResponse(models=[model_to_proto(model, record.best_version) for model in models])
+        return runs_pb2.ListModelsResponse(models=await self._models(record))
+
+    async def GetPrivacy(self, request: runs_pb2.GetPrivacyRequest, context: Any) -> runs_pb2.GetPrivacyResponse:
+        """See the proto."""
+        record = await self._coordinator.find_run(request.run)
+        config = parse_run_config(record.config_toml)
+        privacy = config.privacy
+        if not isinstance(privacy, CentralPrivacyConfig):
+            raise NotFoundError(
+                f"run {record.name} promises no differential privacy; a run does whose config has [privacy] (docs/privacy.md)"
+            )
+        named = privacy.population
+
+        def read(
+            tx: Transaction,
+        ) -> tuple[list[LedgerRecord], list[LedgerRecord], RosterRecord | None, list[ModelRecord]]:
+            run_id = record.run_id
+            return tx.charges(run_id), tx.charges_of_population(named), tx.roster(run_id), tx.models(run_id)
+
+        charged, of_population, roster, models = await self._workers.store(read)
+        released = {model.round for model in models}
+        num_left = config.schedule.max_rounds - record.round if record.state is RunState.ACTIVE else 0
+        outlook = await self._workers.compute(project, config, privacy, charged, of_population, num_left)
+        return runs_pb2.GetPrivacyResponse(
+            claim=claims(charged)[charged[-1].round] if charged else NOTHING_RELEASED,
+            population=named,
+            num_units=len(set(roster.units.values())) if roster is not None else 0,
+            delta=privacy.delta,
+            max_epsilon=privacy.max_epsilon or 0.0,
+            charges=[charge_to_proto(each, each.round in released) for each in charged],
+            projected_epsilon=outlook.epsilon,
+            affordable_rounds=outlook.rounds,
+        )
+
+    async def _models(self, record: RunRecord) -> list[runs_pb2.ModelVersion]:
+        run_id = record.run_id
+        models, broadcasts, charged = await self._workers.store(
+            lambda tx: (tx.models(run_id), tx.broadcasts(run_id), tx.charges(run_id))
+        )
+        deltas = {b.version: b.num_bytes for b in broadcasts if b.base_version == b.version - 1 >= 0}
+        spent = claims(charged)
+        return [
+            model_to_proto(model, record.best_version, deltas.get(model.version, 0), spent.get(model.round, ""))
+            for model in models
+        ]
 
     async def DownloadModel(
         self, request: runs_pb2.DownloadModelRequest, context: Any

@@ -335,8 +335,12 @@ class Transaction(Protocol):
         ...
 
     def roster(self, run_id: str) -> RosterRecord | None: ...
-    def ledger(self, population: str | None = None) -> list[LedgerRecord]:
-        """All that was charged, or what a population was; in the order it was charged."""
+    def charges(self, run_id: str) -> list[LedgerRecord]:
+        """What a run was charged, the first round first."""
+        ...
+
+    def charges_of_population(self, population: str) -> list[LedgerRecord]:
+        """What all runs of a population were charged, the oldest first."""
         ...
 
     def put(self, record: Record) -> None:

@@ -117,6 +117,11 @@ class DataDirectory:
         """Where the common variate that goes with a version lies, as long as the optimizer's state."""
         return self.root / "masters" / _checked(run_id) / f"{version}.variate.safetensors"
 
+    def released_path(self, run_id: str, round: int) -> Path:
+        """Where the noisy sum of a private round lies, from the moment that no noise may be drawn for it any more until its version
+        is committed."""
+        return self.root / "masters" / _checked(run_id) / f"{round}.released.safetensors"
+
     @property
     def scratch_folder(self) -> Path:
         """Where files may be made that nobody needs longer than they are open."""
@@ -189,6 +194,7 @@ class DataDirectory:
         live_payloads: Collection[str],
         live_models: Collection[tuple[str, int]],
         live_masters: Collection[tuple[str, int]],
+        live_released: Collection[tuple[str, int]] = (),
         listed: Iterable[Path] | None = None,
     ) -> list[Path]:
         """Deletes what nobody needs, by name, and what a dead daemon left unfinished; returns what it deleted. Files that are no
@@ -204,6 +210,7 @@ class DataDirectory:
         live |= {path(*model) for model in live_models for path in (self.model_path, self.average_path)}
         of_masters = (self.master_path, self.optimizer_path, self.variate_path)
         live |= {path(*master) for master in live_masters for path in of_masters}
+        live |= {self.released_path(*round) for round in live_released}
         orphans = [path for path in (self.listing() if listed is None else listed) if path not in live]
         unfinished = (path for folder in _FOLDERS for path in (self.root / folder).rglob(".*.tmp"))
         orphans += [path for path in unfinished if not path.name.endswith(self._temporary_suffix)]

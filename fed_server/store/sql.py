@@ -209,11 +209,13 @@ class SqlTransaction:
         """Who may take part in a private run; None before it was frozen."""
         return self._one(RosterRecord, _ROSTER, run_id=run_id)
 
-    def ledger(self, population: str | None = None) -> list[LedgerRecord]:
-        """See `Transaction.ledger`."""
-        if population is None:
-            return self._all(LedgerRecord, _LEDGER)
-        return self._all(LedgerRecord, _LEDGER_OF_POPULATION, population=population)
+    def charges(self, run_id: str) -> list[LedgerRecord]:
+        """See `Transaction.charges`."""
+        return self._all(LedgerRecord, _CHARGES, run_id=run_id)
+
+    def charges_of_population(self, population: str) -> list[LedgerRecord]:
+        """See `Transaction.charges_of_population`."""
+        return self._all(LedgerRecord, _CHARGES_OF_POPULATION, population=population)
 
     def put(self, record: Record) -> None:
         """See `Transaction.put`. An upsert in the SQL of every database: nearly all puts replace a row."""
@@ -311,8 +313,8 @@ _MODEL = _where(models, "run_id", "version")
 _MODELS = _where(models, "run_id", order=("version",))
 _BROADCASTS = _where(broadcasts, "run_id", order=("version", "base_version"))
 _ROSTER = _where(rosters, "run_id")
-_LEDGER = _where(ledger, order=("created_time", "run_id", "round"))
-_LEDGER_OF_POPULATION = _where(ledger, "population", order=("created_time", "run_id", "round"))
+_CHARGES = _where(ledger, "run_id", order=("round",))
+_CHARGES_OF_POPULATION = _where(ledger, "population", order=("created_time", "run_id", "round"))
 
 
 @dataclass(frozen=True)

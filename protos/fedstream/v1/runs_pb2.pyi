@@ -660,6 +660,7 @@ class ModelVersion(_message.Message):
     FILE_BYTES_FIELD_NUMBER: _builtins.int
     FIDELITY_FIELD_NUMBER: _builtins.int
     DELTA_BYTES_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Number; 0 is what the run began from."""
     round: _builtins.int
@@ -680,6 +681,10 @@ class ModelVersion(_message.Message):
     """Length of its safetensors file in bytes."""
     delta_bytes: _builtins.int
     """Bytes of that delta; 0 where there is none."""
+    privacy: _builtins.str
+    """What was spent up to and with it, in words that say unit, relation, sampling, delta, accountant and assumptions. Empty where the run
+    promises no differential privacy, and for version 0.
+    """
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
         """Metrics measured on it."""
@@ -710,14 +715,69 @@ class ModelVersion(_message.Message):
         file_bytes: _builtins.int = ...,
         fidelity: Global___Fidelity | None = ...,
         delta_bytes: _builtins.int = ...,
+        privacy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "fidelity", b"fidelity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "delta_bytes", b"delta_bytes", "digest", b"digest", "fidelity", b"fidelity", "file_bytes", b"file_bytes", "is_available", b"is_available", "is_best", b"is_best", "metrics", b"metrics", "num_examples", b"num_examples", "num_updates", b"num_updates", "parent_version", b"parent_version", "round", b"round", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_time", b"created_time", "delta_bytes", b"delta_bytes", "digest", b"digest", "fidelity", b"fidelity", "file_bytes", b"file_bytes", "is_available", b"is_available", "is_best", b"is_best", "metrics", b"metrics", "num_examples", b"num_examples", "num_updates", b"num_updates", "parent_version", b"parent_version", "privacy", b"privacy", "round", b"round", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
+
+@_typing.final
+class PrivacyCharge(_message.Message):
+    """What one round of a private run costs. It is charged when its cohort is drawn, and never taken back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    EPSILON_RDP_FIELD_NUMBER: _builtins.int
+    EPSILON_OF_COHORT_FIELD_NUMBER: _builtins.int
+    POPULATION_EPSILON_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    CLIPPING_NORM_FIELD_NUMBER: _builtins.int
+    SIGMA_FIELD_NUMBER: _builtins.int
+    IS_RELEASED_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """Round, from 1."""
+    epsilon: _builtins.float
+    """Spent by the run up to and with it, at the run's delta, towards whoever sees released models only."""
+    epsilon_rdp: _builtins.float
+    """The same bound by Rényi differential privacy, beside it."""
+    epsilon_of_cohort: _builtins.float
+    """Spent towards whoever sees the cohorts as well: nothing is amplified by sampling."""
+    population_epsilon: _builtins.float
+    """Spent by all runs of the population up to and with it."""
+    failure: _builtins.float
+    """Probability that the noise of the round is not what was declared; part of delta."""
+    clipping_norm: _builtins.float
+    """What updates were cut to: the sensitivity of the sum."""
+    sigma: _builtins.float
+    """Standard deviation of the noise on the sum of updates."""
+    is_released: _builtins.bool
+    """Whether the round was released: its version is committed."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        epsilon: _builtins.float = ...,
+        epsilon_rdp: _builtins.float = ...,
+        epsilon_of_cohort: _builtins.float = ...,
+        population_epsilon: _builtins.float = ...,
+        failure: _builtins.float = ...,
+        clipping_norm: _builtins.float = ...,
+        sigma: _builtins.float = ...,
+        is_released: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipping_norm", b"clipping_norm", "epsilon", b"epsilon", "epsilon_of_cohort", b"epsilon_of_cohort", "epsilon_rdp", b"epsilon_rdp", "failure", b"failure", "is_released", b"is_released", "population_epsilon", b"population_epsilon", "round", b"round", "sigma", b"sigma"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacyCharge: _TypeAlias = PrivacyCharge  # noqa: Y015
 
 @_typing.final
 class Client(_message.Message):
@@ -1204,6 +1264,80 @@ class ListModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class GetPrivacyRequest(_message.Message):
+    """Which run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Name or id of the run."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPrivacyRequest: _TypeAlias = GetPrivacyRequest  # noqa: Y015
+
+@_typing.final
+class GetPrivacyResponse(_message.Message):
+    """Answer to GetPrivacyRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIM_FIELD_NUMBER: _builtins.int
+    POPULATION_FIELD_NUMBER: _builtins.int
+    NUM_UNITS_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MAX_EPSILON_FIELD_NUMBER: _builtins.int
+    CHARGES_FIELD_NUMBER: _builtins.int
+    PROJECTED_EPSILON_FIELD_NUMBER: _builtins.int
+    AFFORDABLE_ROUNDS_FIELD_NUMBER: _builtins.int
+    claim: _builtins.str
+    """The guarantee as it stands, in words that say unit, relation, sampling, delta, accountant and assumptions."""
+    population: _builtins.str
+    """Whose data is spent; runs that name the same one share its account."""
+    num_units: _builtins.int
+    """Units on the frozen roster; 0 before it is."""
+    delta: _builtins.float
+    """Delta of all figures."""
+    max_epsilon: _builtins.float
+    """What the population may have spent in all; 0 where there is no limit."""
+    projected_epsilon: _builtins.float
+    """What the run will have spent after all its rounds, towards whoever sees released models only."""
+    affordable_rounds: _builtins.int
+    """Rounds that the budget still pays for, up to the run's last."""
+    @_builtins.property
+    def charges(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrivacyCharge]:
+        """Every round that was charged."""
+
+    def __init__(
+        self,
+        *,
+        claim: _builtins.str = ...,
+        population: _builtins.str = ...,
+        num_units: _builtins.int = ...,
+        delta: _builtins.float = ...,
+        max_epsilon: _builtins.float = ...,
+        charges: _abc.Iterable[Global___PrivacyCharge] | None = ...,
+        projected_epsilon: _builtins.float = ...,
+        affordable_rounds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affordable_rounds", b"affordable_rounds", "charges", b"charges", "claim", b"claim", "delta", b"delta", "max_epsilon", b"max_epsilon", "num_units", b"num_units", "population", b"population", "projected_epsilon", b"projected_epsilon"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPrivacyResponse: _TypeAlias = GetPrivacyResponse  # noqa: Y015
 
 @_typing.final
 class DownloadModelRequest(_message.Message):

@@ -75,6 +75,11 @@ class RunsStub(object):
                 request_serializer=fedstream_dot_v1_dot_runs__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=fedstream_dot_v1_dot_runs__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.GetPrivacy = channel.unary_unary(
+                '/fedstream.v1.Runs/GetPrivacy',
+                request_serializer=fedstream_dot_v1_dot_runs__pb2.GetPrivacyRequest.SerializeToString,
+                response_deserializer=fedstream_dot_v1_dot_runs__pb2.GetPrivacyResponse.FromString,
+                _registered_method=True)
         self.DownloadModel = channel.unary_stream(
                 '/fedstream.v1.Runs/DownloadModel',
                 request_serializer=fedstream_dot_v1_dot_runs__pb2.DownloadModelRequest.SerializeToString,
@@ -146,6 +151,13 @@ class RunsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPrivacy(self, request, context):
+        """What a private run has spent. NOT_FOUND for a run without differential privacy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DownloadModel(self, request, context):
         """Streams a version as a safetensors file: one header, then chunks. Errors: NOT_FOUND (no such version, or its file is no
         longer kept; the message says which are).
@@ -196,6 +208,11 @@ def add_RunsServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=fedstream_dot_v1_dot_runs__pb2.ListModelsRequest.FromString,
                     response_serializer=fedstream_dot_v1_dot_runs__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetPrivacy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPrivacy,
+                    request_deserializer=fedstream_dot_v1_dot_runs__pb2.GetPrivacyRequest.FromString,
+                    response_serializer=fedstream_dot_v1_dot_runs__pb2.GetPrivacyResponse.SerializeToString,
             ),
             'DownloadModel': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadModel,
@@ -420,6 +437,33 @@ class Runs(object):
             '/fedstream.v1.Runs/ListModels',
             fedstream_dot_v1_dot_runs__pb2.ListModelsRequest.SerializeToString,
             fedstream_dot_v1_dot_runs__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPrivacy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedstream.v1.Runs/GetPrivacy',
+            fedstream_dot_v1_dot_runs__pb2.GetPrivacyRequest.SerializeToString,
+            fedstream_dot_v1_dot_runs__pb2.GetPrivacyResponse.FromString,
             options,
             channel_credentials,
             insecure,

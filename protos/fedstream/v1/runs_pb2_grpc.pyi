@@ -60,6 +60,8 @@ class RunsStub:
     """Lists the enrolled clients."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_runs_pb2.ListModelsRequest, _runs_pb2.ListModelsResponse]
     """Lists a run's model versions, the oldest first. Errors: NOT_FOUND."""
+    GetPrivacy: _grpc.UnaryUnaryMultiCallable[_runs_pb2.GetPrivacyRequest, _runs_pb2.GetPrivacyResponse]
+    """What a private run has spent. NOT_FOUND for a run without differential privacy."""
     DownloadModel: _grpc.UnaryStreamMultiCallable[_runs_pb2.DownloadModelRequest, _runs_pb2.DownloadModelResponse]
     """Streams a version as a safetensors file: one header, then chunks. Errors: NOT_FOUND (no such version, or its file is no
     longer kept; the message says which are).
@@ -93,6 +95,8 @@ class RunsAsyncStub(RunsStub):
     """Lists the enrolled clients."""
     ListModels: _aio.UnaryUnaryMultiCallable[_runs_pb2.ListModelsRequest, _runs_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists a run's model versions, the oldest first. Errors: NOT_FOUND."""
+    GetPrivacy: _aio.UnaryUnaryMultiCallable[_runs_pb2.GetPrivacyRequest, _runs_pb2.GetPrivacyResponse]  # type: ignore[assignment]
+    """What a private run has spent. NOT_FOUND for a run without differential privacy."""
     DownloadModel: _aio.UnaryStreamMultiCallable[_runs_pb2.DownloadModelRequest, _runs_pb2.DownloadModelResponse]  # type: ignore[assignment]
     """Streams a version as a safetensors file: one header, then chunks. Errors: NOT_FOUND (no such version, or its file is no
     longer kept; the message says which are).
@@ -171,6 +175,14 @@ class RunsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_runs_pb2.ListModelsResponse, _abc.Awaitable[_runs_pb2.ListModelsResponse]]:
         """Lists a run's model versions, the oldest first. Errors: NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def GetPrivacy(
+        self,
+        request: _runs_pb2.GetPrivacyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runs_pb2.GetPrivacyResponse, _abc.Awaitable[_runs_pb2.GetPrivacyResponse]]:
+        """What a private run has spent. NOT_FOUND for a run without differential privacy."""
 
     @_abc_1.abstractmethod
     def DownloadModel(
