@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import sqrt
 from typing import ClassVar, Final, Literal
 
 import numpy as np
@@ -66,9 +67,18 @@ class _Toeplitz(ABC):
     @abstractmethod
     def inverse(self) -> Floats: ...
 
+    @property
+    @abstractmethod
+    def num_buffers(self) -> int: ...
+
     def sensitivity(self, separation: int, participations: int) -> float:
         """By `toeplitz_sensitivity`. Exact: no column here has a negative entry, and none rises."""
         return toeplitz_sensitivity(self.column, separation, participations)
+
+    def rounding_sensitivity(self, num_elements: int) -> float:
+        """By |C| <= sum_n c_n. Nothing where a round has one term only. Where rounded n_t are fed back rather than z_t, d is
+        C (X - X') + e, which is less."""
+        return 2 * float(self.column.sum()) * sqrt(self.num_rounds * num_elements) if self.num_buffers else 0.0
 
     def noise_weights(self, t: int) -> dict[int, float]:
         """The terms of row t that are not 0, the newest first."""

@@ -6,6 +6,13 @@ prefix t the noise row t of B Z, less than if every round's noise were independe
 noise multiplier * clipping norm * sensitivity(C), a whole run is one Gaussian mechanism with that noise multiplier (Denisov,
 McMahan, Rush, Smith and Thakurta 2022, https://arxiv.org/abs/2202.08312, also where later updates depend on earlier releases).
 The unit is the client, the relation add/remove one, and every client keeps to the participations declared for the sensitivity.
+
+On a grid, where x_t, z_t (rounded Gaussians) and releases are whole numbers of steps, round t adds n_t = z_t + round(h_t) with
+h_t = sum_{j > 0} r_j z_{t-j}. Whoever knows the releases before knows h_t for each data set, so the release is a rounded Gaussian
+around the whole number x_t + round(h_t). Between neighbours with the same releases, these centres differ by
+d_t = (X - X')_t - sum_{j > 0} r_j d_{t-j} + e_t, where rounding is all that e is made of: d = C (X - X' + e). Rounding to within
+one step makes no entry of e larger than 2, so sensitivity grows by at most 2 |C| sqrt(num_rounds * num_elements) steps:
+`rounding_sensitivity`. A tree's weights are whole numbers, and nothing is rounded.
 """
 
 from __future__ import annotations
@@ -45,6 +52,11 @@ class Factorization(Protocol):
         `separation` rounds apart (1: any rounds); or an upper bound, where its docstring says so.
 
         Raises ConfigError where either is below 1. More participations than the rounds have room for are as many as they have."""
+        ...
+
+    def rounding_sensitivity(self, num_elements: int) -> float:
+        """What must be added to sensitivity * clipping norm, in steps of the grid, where noise in whole steps is combined by
+        weights that are not whole, and the sum of all terms but the newest is rounded to within one step; see the module."""
         ...
 
     def noise_weights(self, t: int) -> dict[int, float]:

@@ -64,6 +64,10 @@ class BinaryTree:
         Time O(T^2 b) and memory O(T b) for T rounds: under a second for 2,048."""
         return sqrt(_most_squares(self.num_rounds, separation, participations, self.every_node))
 
+    def rounding_sensitivity(self, num_elements: int) -> float:
+        """Nothing: weights are whole numbers."""
+        return 0.0
+
     def noise_weights(self, t: int) -> dict[int, float]:
         """The node that ends with round t joins the prefix, its left descendants along the right edge leave it."""
         return {t: 1.0} | {node: -1.0 for node in prefix_nodes(t - 1) if node not in prefix_nodes(t)}
