@@ -205,9 +205,10 @@ def noise_multiplier_for(
             enough *= 2
         low, high = _bracket(lambda z: excess(z, INTERVAL), enough)
         return _least(lambda z: excess(z, INTERVAL), low, high)
-    low, high = _bracket(lambda z: excess(z, _COARSE), enough)
-    near = _least(lambda z: excess(z, _COARSE), low, high)
-    slope = (excess(near * 1.01, _COARSE) - excess(near, _COARSE)) / math.log(1.01)
+    coarse = _COARSE * max(1.0, epsilon / 8)
+    low, high = _bracket(lambda z: excess(z, coarse), enough)
+    near = _least(lambda z: excess(z, coarse), low, high)
+    slope = (excess(near * 1.01, coarse) - excess(near, coarse)) / math.log(1.01)
     return _correct(lambda z: excess(z, INTERVAL), near, slope)
 
 
