@@ -205,7 +205,7 @@ def noise_multiplier_for(
             enough *= 2
         low, high = _bracket(lambda z: excess(z, INTERVAL), enough)
         return _least(lambda z: excess(z, INTERVAL), low, high)
-    coarse = _COARSE * max(1.0, epsilon / 8)
+    coarse = _COARSE * min(max(1.0, epsilon / 8), 50.0)
     low, high = _bracket(lambda z: excess(z, coarse), enough)
     near = _least(lambda z: excess(z, coarse), low, high)
     slope = (excess(near * 1.01, coarse) - excess(near, coarse)) / math.log(1.01)
@@ -366,18 +366,23 @@ def _pld_epsilon(noises: _Noises, delta: float, interval: float) -> float:
     sampled = any(not isinstance(sampling, Everyone) for _, sampling in noises)
     if not sampled:
         return _gaussian_epsilon(_mu(noises), delta)
-    return float(_pld(noises, interval).get_epsilon_for_delta(delta))
+    found = _pld(noises, interval)
+    return math.inf if found is None else float(found.get_epsilon_for_delta(delta))
 
 
 def _pld_delta(noises: _Noises, epsilon: float, interval: float) -> float:
     if all(isinstance(sampling, Everyone) for _, sampling in noises):
         return _gaussian_delta(_mu(noises), epsilon)
-    return float(_pld(noises, interval).get_delta_for_epsilon(epsilon))
+    found = _pld(noises, interval)
+    return 1.0 if found is None else float(found.get_delta_for_epsilon(epsilon))
 
 
 def _pld(noises: _Noises, interval: float) -> Any:
+    """None where epsilon is beyond 200,000, which is accounted as infinite."""
     # Where epsilon is so large that nobody asks for its fourth digit the grid is coarser, and as pessimistic as any.
     reach = _rdp_epsilon(noises, 1e-15, _FEW_ORDERS)
+    if reach > _MAX_POINTS:
+        return None
     while reach / interval > _MAX_POINTS:
         interval *= 2
     parts = [

@@ -301,6 +301,8 @@ def test_little_noise_is_accounted_on_a_coarser_grid_and_stays_an_upper_bound() 
     # Without sampling the closed form is an upper bound, and contributing at least once a lower one.
     assert 30 < found.reported < epsilon(rounds(0.15, 1.0, 20), 1e-5).reported
     assert found.reported <= found.rdp
+    assert math.isinf(epsilon(rounds(0.011, 0.5, 100_000), 1e-5).reported)
+    assert delta_of(rounds(0.011, 0.5, 100_000), 10.0) == 1.0
 
 
 def test_what_does_not_add_up_is_refused() -> None:
