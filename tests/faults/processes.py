@@ -295,11 +295,12 @@ class Federation:
         aggregation: str = "",
         selection: str = "random",
         concurrency: int = 0,
+        privacy: str = "",
     ) -> None:
         """A run over all sites, or one of them, that fails with its first failed round. Bit-identical where it is not told
-        otherwise: the whole population, no deadline or budget that matters. `uplink`, `downlink`, `server_optimizer`,
-        `objective` and `aggregation` are inline tables; without them it is compressed, and steps, as runs do by default. Unless it
-        is one site's, a cohort is drawn from all. With a `concurrency` rounds are buffered."""
+        otherwise: the whole population, no deadline or budget that matters. `uplink`, `downlink`, `server_optimizer`, `objective`,
+        `aggregation` and `privacy` are inline tables; without them it is compressed, and steps, as runs do by default. Unless it is
+        one site's, a cohort is drawn from all. With a `concurrency` rounds are buffered."""
         size = size or (1 if site else len(self.sites))
         labels = f'labels = {{ site = "{site.name}" }}' if site else ""
         buffered = f'kind = "buffered", concurrency = {concurrency}, max_staleness = 999'
@@ -314,6 +315,7 @@ class Federation:
             {f"server_optimizer = {server_optimizer}" if server_optimizer else ""}
             {f"aggregation = {aggregation}" if aggregation else ""}
             {f"rounds = {{ {buffered} }}" if concurrency else ""}
+            {f"privacy = {privacy}" if privacy else ""}
             [cohort]
             size = {size}
             min_clients = {size if site else len(self.sites)}
