@@ -26,10 +26,11 @@ of 1; where Y ~ N_Z(t), two more normalizations make it 8. The distance is half 
 all joints together stay below 1e-79.
 
 **The tables** hold the values from -2047 to 2047, at least 10.2 standard deviations, with probabilities in whole multiples of
-2^-64, in 4096 buckets of 2^52 multiples, each shared by at most two values (Walker 1977, https://doi.org/10.1145/355744.355749,
-in whole numbers). A word of 64 random bits is one draw: its first 12 bits are the bucket, the others say which of the two. Every
-draw takes the same steps without a branch, whatever comes out. Only which line of the tables (96 KiB a level) was read differs;
-whoever can watch the caches of the machine that adds the noise is not kept out.
+2^-128, in 4096 buckets of 2^116 multiples, each shared by at most two values (Walker 1977, https://doi.org/10.1145/355744.355749,
+in whole numbers). A word of 64 random bits is one draw: its first 12 bits are the bucket, the others say which of the two, but for
+one word of each bucket, where a second word decides: it comes once in 2^52 draws, and without it the distance would be a million
+times as large. Every other draw takes the same steps without a branch, whatever comes out. Only which line of the tables (96 KiB
+a level) was read differs; whoever can watch the caches of the machine that adds the noise is not kept out.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ REACH: Final = 2047
 MIN_STD: Final = 0.5
 MAX_STD: Final = 2.0**22
 
+PROBABILITY_BITS: Final = 128
+"""Probabilities are whole multiples of 2^-128."""
+
 _BUCKET_BITS: Final = 12
 _WITHIN_BITS: Final = 64 - _BUCKET_BITS
 # Coordinates drawn at once: with three levels, words, scratch and tables stay in a second-level cache of 512 KiB or little more.
@@ -88,6 +92,9 @@ class NoiseStream:
             )
         cipher = Cipher(algorithms.AES256(os.urandom(KEY_BYTES) if key is None else key), modes.CTR(bytes(16)))
         self._encryptor = cipher.encryptor()
+        # Numbered from the other end, so that the two never meet.
+        spare = modes.CTR(b"\x80" + bytes(15))
+        self._spare = Cipher(cipher.algorithm, spare).encryptor()
         self._process = os.getpid()
 
     def fill(self, out: Words) -> None:
@@ -99,6 +106,10 @@ class NoiseStream:
         for start in range(0, len(data), len(_ZEROS)):
             part = data[start : start + len(_ZEROS)]
             self._encryptor.update_into(memoryview(_ZEROS)[: len(part)], part)
+
+    def spare(self) -> int:
+        """A word of another series, for the draw that a word does not decide."""
+        return int.from_bytes(self._spare.update(bytes(8)), "little")
 
     def words(self, count: int) -> Words:
         """The next `count` words, [count]."""
@@ -139,24 +150,27 @@ def discrete_gaussian(variance: Fraction) -> list[Decimal]:
 
 
 def whole_weights(probabilities: Sequence[Decimal]) -> tuple[list[int], Decimal]:
-    """Probabilities of 0, 1, ... REACH as whole multiples of 2^-64, and the total variation distance that this makes, with the
-    tails beyond the table. Zero takes what the rounding of all others leaves, so that both signs together make exactly 2^64."""
+    """Probabilities of 0, 1, ... REACH as whole multiples of 2^-128, and the total variation distance that this makes, with the
+    tails beyond the table. Zero takes what the rounding of all others leaves, so that both signs together make exactly 2^128."""
+    whole = 2**PROBABILITY_BITS
     with localcontext(Context(prec=60)):
-        ideal = [probability * 2**64 for probability in probabilities]
+        ideal = [probability * whole for probability in probabilities]
         weights = [0, *(int(weight + Decimal("0.5")) for weight in ideal[1:])]
-        weights[0] = 2**64 - 2 * sum(weights)
-        missing = [abs(weight - whole) for weight, whole in zip(ideal, weights, strict=True)]
-        tails = 2**64 + ideal[0] - 2 * sum(ideal)
-        return weights, (2 * sum(missing) - missing[0] + abs(tails)) / 2 / 2**64
+        weights[0] = whole - 2 * sum(weights)
+        missing = [abs(weight - rounded) for weight, rounded in zip(ideal, weights, strict=True)]
+        tails = whole + ideal[0] - 2 * sum(ideal)
+        return weights, (2 * sum(missing) - missing[0] + abs(tails)) / 2 / whole
 
 
 class Table(NamedTuple):
-    """An alias table. A word w belongs to bucket b = w >> 52 and draws values[2 b] where w <= limits[b], else values[2 b + 1].
+    """An alias table. A word w belongs to bucket b = w >> 52 and draws values[2 b + 1] where w < limits[b], values[2 b] where it is
+    above. Where it is equal, a second word says the same by rests[b].
 
-    `limits` [4096] uint64, `values` [8192] float64, whole and already multiplied with the level's power of the radix; `distance` is
-    the total variation distance between a draw and the ideal."""
+    `limits` and `rests` [4096] uint64, `values` [8192] float64, whole and already multiplied with the level's power of the radix;
+    `distance` is the total variation distance between a draw and the ideal."""
 
     limits: Words
+    rests: Words
     values: NDArray[np.float64]
     distance: Decimal
 
@@ -166,7 +180,7 @@ def alias_table(probabilities: Sequence[Decimal], scale: int) -> Table:
     weights, distance = whole_weights(probabilities)
     # Bucket b begins as that of the value b - 2048; -2048 itself has no weight, and its bucket only another's.
     weight = [0, *reversed(weights[1:]), *weights]
-    capacity = 1 << _WITHIN_BITS
+    capacity = 1 << (PROBABILITY_BITS - _BUCKET_BITS)
     own = [(bucket - REACH - 1) * scale for bucket in range(len(weight))]
     other, first = own.copy(), [capacity] * len(weight)
     small = [bucket for bucket, w in enumerate(weight) if w < capacity]
@@ -180,13 +194,14 @@ def alias_table(probabilities: Sequence[Decimal], scale: int) -> Table:
             if weight[giver] < capacity:
                 small.append(giver)
     for bucket, w in enumerate(first):
-        if w == 0:  # no limit is below a bucket's first word
-            own[bucket], first[bucket] = other[bucket], capacity
-    limits = [(bucket << _WITHIN_BITS) + w - 1 for bucket, w in enumerate(first)]
-    values = np.stack([np.array(own, np.float64), np.array(other, np.float64)], axis=1).reshape(-1)
-    table = Table(np.array(limits, np.uint64), values, distance)
-    table.limits.setflags(write=False)
-    table.values.setflags(write=False)
+        if w == capacity:  # beyond its last word there is no limit, and no choice
+            other[bucket], first[bucket] = own[bucket], 0
+    limits = [(bucket << _WITHIN_BITS) + (w >> 64) for bucket, w in enumerate(first)]
+    values = np.stack([np.array(other, np.float64), np.array(own, np.float64)], axis=1).reshape(-1)
+    rests = np.array([w % 2**64 for w in first], np.uint64)
+    table = Table(np.array(limits, np.uint64), rests, values, distance)
+    for array in (table.limits, table.rests, table.values):
+        array.setflags(write=False)
     return table
 
 
@@ -230,7 +245,7 @@ class GridGaussian:
         self._value = np.empty(_BLOCK, np.float64)
 
     def failure(self, count: int) -> float:
-        """Bound on the total variation distance between `count` drawn numbers and as many ideal ones, at most 2^-53 a number.
+        """Bound on the total variation distance between `count` drawn numbers and as many ideal ones, at most 2^-77 a number.
 
         A mechanism that is (epsilon, delta)-private with the ideal numbers is (epsilon, delta + (1 + e^epsilon) failure)-private
         with these: both neighbours' outputs are off by as much."""
@@ -271,13 +286,21 @@ class GridGaussian:
             np.right_shift(word, _WITHIN_BITS, out=index)
             # All indices are in range; "raise", the default, would copy.
             np.take(table.limits, places, out=limit, mode="wrap")
-            # Below zero where the word is above the limit, which the first bit then says.
-            np.subtract(limit, word, out=limit)
+            # Below zero where the word is below the limit, which the first bit then says.
+            np.subtract(word, limit, out=limit)
+            if not limit.all():
+                self._decide(limit, index, table, stream)
             np.right_shift(limit, 63, out=limit)
             np.left_shift(index, 1, out=index)
             np.bitwise_or(index, limit, out=index)
             np.take(table.values, places, out=value, mode="wrap")
             np.add(numbers, value, out=numbers)
+
+    def _decide(self, below: Words, index: Words, table: Table, stream: NoiseStream) -> None:
+        """Where a word is equal to its limit: below it after all, or not."""
+        for place in np.flatnonzero(below == 0).tolist():
+            if stream.spare() < int(table.rests[index[place]]):
+                below[place] = 2**64 - 1
 
 
 def _table(variance: Fraction, level: int) -> Table:

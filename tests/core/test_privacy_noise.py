@@ -42,12 +42,12 @@ STDS = (0.5, 0.73, 1.0, 3.7, 40.0, 150.0, 200.0, 200.1, 333.3, 6400.0, 6401.0, 2
 
 
 def weights_of(table: Table) -> dict[int, int]:
-    """What each value of a table weighs, in 2^-64, read off its buckets one by one."""
+    """What each value of a table weighs, in 2^-128, read off its buckets one by one."""
     weights: dict[int, int] = {}
-    for bucket, limit in enumerate(table.limits.tolist()):
-        own = limit - (bucket << 52) + 1
-        assert 0 < own <= 2**52
-        for value, weight in zip(table.values[2 * bucket : 2 * bucket + 2].tolist(), (own, 2**52 - own), strict=True):
+    for bucket, (limit, rest) in enumerate(zip(table.limits.tolist(), table.rests.tolist(), strict=True)):
+        own = ((limit - (bucket << 52)) << 64) + rest
+        assert 0 <= own < 2**116
+        for value, weight in zip(table.values[2 * bucket : 2 * bucket + 2].tolist(), (2**116 - own, own), strict=True):
             weights[int(value)] = weights.get(int(value), 0) + weight
     return weights
 
@@ -55,7 +55,7 @@ def weights_of(table: Table) -> dict[int, int]:
 def pmf_of(table: Table, scale: int) -> Floats:
     """Probabilities of -REACH .. REACH times the scale."""
     weights = weights_of(table)
-    return np.array([weights.get(k * scale, 0) / 2**64 for k in range(-REACH, REACH + 1)])
+    return np.array([weights.get(k * scale, 0) / 2**128 for k in range(-REACH, REACH + 1)])
 
 
 def spread(upper: Floats, lower: Floats, stride: int) -> Floats:
@@ -97,9 +97,13 @@ class Given(NoiseStream):
     def __init__(self, words: list[int]) -> None:
         super().__init__()
         self.left = list(words)
+        self.spares: list[int] = []
 
     def fill(self, out: Words) -> None:
         out.reshape(-1)[:] = np.array([self.left.pop(0) for _ in range(out.size)], np.uint64)
+
+    def spare(self) -> int:
+        return self.spares.pop(0) if self.spares else 0
 
 
 # The distribution
@@ -109,7 +113,7 @@ class Given(NoiseStream):
 def test_probabilities_are_symmetric_and_make_one_exactly(std: float) -> None:
     for table in GridGaussian(std).tables:
         weights = weights_of(table)
-        assert sum(weights.values()) == 2**64
+        assert sum(weights.values()) == 2**128
         assert all(weights.get(-value, 0) == weight for value, weight in weights.items())
 
 
@@ -118,7 +122,7 @@ def test_the_sum_of_all_levels_is_the_rounded_gaussian(std: float) -> None:
     gaussian = GridGaussian(std)
     pmf = composed_pmf(gaussian)
     ideal = ideal_pmf(std, len(pmf) // 2)
-    # The failure is below 2^-53: what floats can see of the rest is their own error.
+    # The failure is below 2^-77: what floats can see of the rest is their own error.
     assert distance(pmf, ideal) < gaussian.failure(1) + 1e-14
     middle = slice(max(0, len(pmf) // 2 - int(7 * std)), len(pmf) // 2 + int(7 * std) + 1)
     np.testing.assert_allclose(pmf[middle], ideal[middle], rtol=1e-6)
@@ -128,7 +132,7 @@ def test_the_sum_of_all_levels_is_the_rounded_gaussian(std: float) -> None:
 def test_the_variance_is_exact(std: float) -> None:
     """Rounding adds 1/12 (Sheppard), up to exp(-2 pi^2 std^2)."""
     tables = GridGaussian(std).tables
-    variance = sum(Fraction(sum(w * value**2 for value, w in weights_of(table).items()), 2**64) for table in tables)
+    variance = sum(Fraction(sum(w * value**2 for value, w in weights_of(table).items()), 2**128) for table in tables)
     assert abs(variance / (Fraction(std) ** 2 + Fraction(1, 12)) - 1) < Fraction(1, 10**15)
 
 
@@ -161,7 +165,7 @@ def test_a_tables_distance_is_that_of_its_probabilities(std: float) -> None:
     weights = weights_of(table)
     ideal = [Fraction(p) for p in probabilities]
     tails = 1 - (2 * sum(ideal) - ideal[0])
-    off = [abs(Fraction(weights.get(k, 0), 2**64) - ideal[abs(k)]) for k in range(-REACH, REACH + 1)]
+    off = [abs(Fraction(weights.get(k, 0), 2**128) - ideal[abs(k)]) for k in range(-REACH, REACH + 1)]
     exact = (sum(off) + tails) / 2
     assert math.isclose(float(table.distance), float(exact), rel_tol=1e-12)
     assert abs(float(tails) - math.erfc((REACH + 0.5) / std / math.sqrt(2))) < 1e-27
@@ -171,7 +175,7 @@ def test_a_tables_distance_is_that_of_its_probabilities(std: float) -> None:
 def test_the_failure_is_small_and_adds_up(std: float) -> None:
     gaussian = GridGaussian(std)
     each = gaussian.failure(1)
-    assert sum(float(table.distance) for table in gaussian.tables) <= each < 2**-53
+    assert sum(float(table.distance) for table in gaussian.tables) <= each < 2**-77
     assert math.isclose(gaussian.failure(10**9), 10**9 * each, rel_tol=1e-12)
     assert gaussian.failure(0) < 1e-300
     assert gaussian.failure(2**200) == 1.0
@@ -217,15 +221,29 @@ def test_a_word_draws_what_its_bucket_says_up_to_the_limit_and_beyond(std: float
     gaussian = GridGaussian(std)
     words, expected = [], []
     for bucket in (0, 1, 700, 2047, 2048, 2049, 4094, 4095):
-        for end in ("first", "limit", "beyond", "last"):
+        for end in ("first", "before", "beyond", "last"):
             number = 0
             for table in gaussian.tables:
-                limit, last = int(table.limits[bucket]), (bucket << 52) + 2**52 - 1
-                word = {"first": bucket << 52, "limit": limit, "beyond": min(limit + 1, last), "last": last}[end]
+                limit, first, last = int(table.limits[bucket]), bucket << 52, (bucket << 52) + 2**52 - 1
+                word = {"first": first, "before": max(limit - 1, first), "beyond": limit + 1, "last": last}[end]
                 words.append(word)
-                number += int(table.values[2 * bucket + (word > limit)])
+                is_below = word < limit or (word == limit and table.rests[bucket] > 0)
+                number += int(table.values[2 * bucket + is_below])
             expected.append(number)
     assert gaussian.draw(len(expected), Given(words)).tolist() == expected
+
+
+@pytest.mark.parametrize("is_below", [False, True])
+def test_a_word_at_its_limit_is_decided_by_another(is_below: bool) -> None:
+    gaussian = GridGaussian(1000.0)
+    bucket = next(b for b in range(4096) if all(table.rests[b] > 0 for table in gaussian.tables))
+    rests = [int(table.rests[bucket]) for table in gaussian.tables]
+    stream = Given([int(table.limits[bucket]) for table in gaussian.tables])
+    stream.spares = [rest - 1 if is_below else rest for rest in rests]
+    expected = sum(int(table.values[2 * bucket + is_below]) for table in gaussian.tables)
+    assert gaussian.draw(1, stream).tolist() == [expected]
+    assert len({int(table.values[2 * bucket]) for table in gaussian.tables} | {expected}) > 1
+    assert not stream.spares
 
 
 @given(st.lists(st.integers(0, 20_000), max_size=4), st.sampled_from([1.0, 500.0, CENTRAL, 2.0**20]))
