@@ -15,7 +15,7 @@ import torch
 from benchmarks.light_client import LightClient, constant, encode_update
 from fed_core.errors import ConfigError
 from fed_core.privacy.accounting import Spend, epsilon
-from fed_core.privacy.mechanism import central_poisson
+from fed_core.privacy.mechanism import central_poisson, default_bit_sigma
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import BUFFER, TensorSpec
 from fed_server.config import RunConfig, parse_run_config
@@ -169,9 +169,43 @@ def _metric(round: runs_pb2.Round, name: str) -> float:
     return next(metric.value for metric in round.metrics if metric.name == name)
 
 
-def _answer_all(client: LightClient) -> None:
+def _answer_all(client: LightClient, value: float = 0.25) -> None:
     while True:
-        answer(client)
+        answer(client, value)
+
+
+@pytest.mark.parametrize("clipping", ['kind = "fixed"\nnorm = 0.5', 'kind = "adaptive"\ninitial_norm = 0.5'])
+async def test_what_is_released_of_nothing_has_the_noise_that_is_charged(house: House, clipping: str) -> None:
+    """The whole way from config to account, from outside: updates are zero, so that whatever moves the model is noise."""
+    rounds, rate, noise = 3, 0.5, 1.5
+    model = {"w": torch.zeros(20_000)}
+    text = config(max_rounds=rounds, rate=rate, noise=noise, size=4, clipping=clipping)
+    await off_loop(house.operator.submit, text + "[keep]\nversions = 9\n", model)
+    clients = await clients_of(house, "a", "b", "c", "d")
+    working = [asyncio.create_task(off_loop(_answer_all, client, 0.0)) for client in clients]
+    run = await off_loop(house.operator.wait)
+    for client in clients:
+        client.close()
+    await asyncio.gather(*working, return_exceptions=True)
+    assert run.state == runs_pb2.RUN_STATE_FINISHED, run.reason
+    charges = (await privacy(house)).charges
+    versions = [await off_loop(values, house, version) for version in range(rounds + 1)]
+    measured = []
+    for before, after, charge in zip(versions, versions[1:], charges, strict=False):
+        sigma = float((after - before).double().std()) * rate * 4
+        assert sigma == pytest.approx(charge.sigma, rel=0.03)
+        # The bits cost their part: together they are worth the noise multiplier.
+        bit_sigma = default_bit_sigma(noise, rate, 4)
+        joint = sigma if "fixed" in clipping else 1 / (sigma**-2 + (2 * bit_sigma * charge.clipping_norm) ** -2) ** 0.5
+        measured.append(joint / charge.clipping_norm)
+    # Noise of different rounds has nothing in common.
+    first, second = (versions[1] - versions[0]).double(), (versions[2] - versions[1]).double()
+    assert abs(float(torch.dot(first, second) / first.norm() / second.norm())) < 5 / 20_000**0.5
+    spends = [Spend(central_poisson(1.0, multiplier, rate), 1) for multiplier in measured]
+    assert charges[-1].epsilon == pytest.approx(epsilon(spends, 0.01).reported, rel=0.05)
+    asked = [len(round.clients) for round in (await off_loop(house.operator.report)).rounds]
+    assert len(asked) == rounds
+    assert max(asked) <= 4
 
 
 async def test_the_run_ends_before_the_round_that_would_overspend(house: House) -> None:
