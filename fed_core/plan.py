@@ -6,6 +6,7 @@ Both sides build plans through these classes, so a value that makes no sense is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
@@ -42,7 +43,16 @@ _WIRE_OF_MEASURE: Final = {
 _MEASURE_OF_WIRE: Final = {wire: name for name, wire in _WIRE_OF_MEASURE.items()}
 _FIELD_OF_WIRE: Final = {wire: name for name, wire in _WIRE_OF_FIELD.items()}
 
+_WIRE_OF_PRIVACY: Final = {
+    "local": common_pb2.PRIVACY_KIND_LOCAL,
+    "examples": common_pb2.PRIVACY_KIND_EXAMPLES,
+}
+_PRIVACY_OF_WIRE: Final = {wire: kind for kind, wire in _WIRE_OF_PRIVACY.items()}
+_POPULATION: Final = re.compile(r"[a-zA-Z0-9._-]{1,64}")
+
 MAX_SEED: Final = 2**63 - 1
+LEAST_NOISE: Final = 0.01
+"""Least noise multiplier of a site: with less, no accountant finds any guarantee."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +105,64 @@ class ObjectivePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PrivacyPlan:
+    """What a site does by itself to protect its data: "local", its update is cut to `clipping_norm` and gets noise; "examples", it
+    trains by DP-SGD. The noise's standard deviation is noise_multiplier * clipping_norm. At `delta` one site may spend
+    `max_epsilon` on the population; None: no limit. Raises InvalidError for values out of range."""
+
+    kind: str
+    clipping_norm: float
+    noise_multiplier: float
+    delta: float
+    max_epsilon: float | None = None
+    population: str = "default"
+
+    def __post_init__(self) -> None:
+        _require(self.kind in _WIRE_OF_PRIVACY, "privacy", self.kind, f"one of {', '.join(_WIRE_OF_PRIVACY)}")
+        norm, noise, budget = self.clipping_norm, self.noise_multiplier, self.max_epsilon
+        _require(0 < norm <= 1e6, "privacy.clipping_norm", norm, "a number greater than 0, at most 1e6")
+        _require(LEAST_NOISE <= noise <= 1e6, "privacy.noise_multiplier", noise, f"a number from {LEAST_NOISE} to 1e6")
+        _require(0 < self.delta < 1, "privacy.delta", self.delta, "a number between 0 and 1")
+        _require(budget is None or _is_positive(budget), "privacy.max_epsilon", budget, "a number greater than 0")
+        _require(
+            _POPULATION.fullmatch(self.population) is not None,
+            "privacy.population",
+            repr(self.population),
+            "1 to 64 characters of [a-zA-Z0-9._-]",
+        )
+
+    def to_proto(self) -> common_pb2.PrivacyPlan:
+        """The message that travels."""
+        return common_pb2.PrivacyPlan(
+            kind=_WIRE_OF_PRIVACY[self.kind],
+            clipping_norm=self.clipping_norm,
+            noise_multiplier=self.noise_multiplier,
+            delta=self.delta,
+            max_epsilon=self.max_epsilon or 0.0,
+            population=self.population,
+        )
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.PrivacyPlan) -> PrivacyPlan:
+        """What the coordinator sent. Raises InvalidError naming the field that makes no sense."""
+        return cls(
+            kind=_PRIVACY_OF_WIRE.get(message.kind, f"kind {message.kind} of a newer coordinator"),
+            clipping_norm=message.clipping_norm,
+            noise_multiplier=message.noise_multiplier,
+            delta=message.delta,
+            max_epsilon=message.max_epsilon or None,
+            population=message.population,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingPlan:
     """What to do with the model received. Exactly one of `epochs` and `steps` is set. Raises InvalidError for values out of range.
 
     `seed` decides everything random at the site in this round. `time_budget_seconds` 0 means no budget. `overridable` names what
     the site may replace: "batch_size", "learning_rate", "local_work", "optimizer". `measures` names the metrics that it reports
     besides: "received_loss", of the model received over the training data; "validation_loss", of the trained model over the
-    evaluation data.
+    evaluation data. `privacy` is what the site does to protect its data, and then nothing is measured besides, and no work told.
     """
 
     batch_size: int
@@ -114,6 +175,7 @@ class TrainingPlan:
     num_threads: int = 1
     objective: ObjectivePlan = field(default_factory=ObjectivePlan)
     measures: tuple[str, ...] = ()
+    privacy: PrivacyPlan | None = None
 
     def __post_init__(self) -> None:
         is_sgd = self.optimizer.kind == "sgd"
@@ -131,6 +193,10 @@ class TrainingPlan:
         _require(not unknown, "overridable", unknown, f"names out of {', '.join(_WIRE_OF_FIELD)}")
         unknown = sorted(set(self.measures) - set(_WIRE_OF_MEASURE))
         _require(not unknown, "measures", unknown, f"names out of {', '.join(_WIRE_OF_MEASURE)}")
+        if self.privacy is not None:
+            # Both would leave the site as they are.
+            _require(not self.measures, "measures", ", ".join(self.measures), "none with privacy")
+            _require(not self.objective.needs_sgd, "objective", kind, "one that tells no work, with privacy")
 
     def num_steps(self, num_examples: int) -> int:
         """Optimizer steps that the plan asks of a site with so many examples."""
@@ -149,6 +215,7 @@ class TrainingPlan:
                 kind=_WIRE_OF_OBJECTIVE[self.objective.kind], strength=self.objective.strength
             ),
             measures=[_WIRE_OF_MEASURE[name] for name in self.measures],
+            privacy=self.privacy.to_proto() if self.privacy is not None else None,
         )
         if self.steps is not None:
             message.steps = self.steps
@@ -188,6 +255,7 @@ class TrainingPlan:
                 _MEASURE_OF_WIRE.get(measure, f"measure {measure} of a newer coordinator")
                 for measure in message.measures
             ),
+            privacy=PrivacyPlan.from_proto(message.privacy) if message.HasField("privacy") else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -204,6 +272,7 @@ class TrainingPlan:
                 "objective": ObjectivePlan(**fields["objective"]),
                 "overridable": tuple(fields["overridable"]),
                 "measures": tuple(fields["measures"]),
+                "privacy": PrivacyPlan(**fields["privacy"]) if fields["privacy"] is not None else None,
             }
         )
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed_core.errors import InvalidError
-from fed_core.plan import MAX_SEED, ObjectivePlan, OptimizerPlan, SiteOverrides, TrainingPlan, apply_overrides
+from fed_core.plan import (
+    MAX_SEED,
+    ObjectivePlan,
+    OptimizerPlan,
+    PrivacyPlan,
+    SiteOverrides,
+    TrainingPlan,
+    apply_overrides,
+)
 from fedstream.v1 import common_pb2
 
 PARTS = ("batch_size", "learning_rate", "local_work", "optimizer")
@@ -32,8 +41,25 @@ objectives = st.one_of(
     st.builds(ObjectivePlan, kind=st.just("fedprox"), strength=st.floats(0, 1e6)),
     st.builds(ObjectivePlan, kind=st.just("feddyn"), strength=st.floats(1e-6, 1e6)),
 )
+protections = st.builds(
+    PrivacyPlan,
+    kind=st.sampled_from(["local", "examples"]),
+    clipping_norm=st.floats(1e-6, 1e6),
+    noise_multiplier=st.floats(0.01, 1e6),
+    delta=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    max_epsilon=st.none() | st.floats(1e-6, 1e6),
+    population=st.from_regex(r"[a-zA-Z0-9._-]{1,64}", fullmatch=True),
+)
+# A site that protects its data measures nothing besides.
+extras = st.one_of(
+    st.fixed_dictionaries(
+        {"measures": st.lists(st.sampled_from(["received_loss", "validation_loss"]), unique=True).map(tuple)}
+    ),
+    st.fixed_dictionaries({"privacy": protections}),
+)
 plans = st.builds(
-    lambda work, **rest: TrainingPlan(**work, **rest),
+    lambda work, extra, **rest: TrainingPlan(**work, **extra, **rest),
+    extra=extras,
     work=st.one_of(st.fixed_dictionaries({"epochs": counts}), st.fixed_dictionaries({"steps": counts})),
     batch_size=counts,
     optimizer=optimizers,
@@ -42,7 +68,6 @@ plans = st.builds(
     overridable=st.lists(st.sampled_from(PARTS), unique=True).map(tuple),
     num_threads=st.integers(1, 1024),
     objective=objectives,
-    measures=st.lists(st.sampled_from(["received_loss", "validation_loss"]), unique=True).map(tuple),
 )
 
 
@@ -77,6 +102,31 @@ def test_every_field_survives_the_wire_and_the_pipe(plan: TrainingPlan) -> None:
 )
 def test_a_plan_that_makes_no_sense_is_refused_by_the_field(change: Any, named: str) -> None:
     message = PLAN.to_proto()
+    change(message)
+    with pytest.raises(InvalidError, match=named):
+        TrainingPlan.from_proto(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: setattr(m.privacy, "kind", 99), "privacy is kind 99 of a newer coordinator"),
+        (lambda m: setattr(m.privacy, "kind", 0), "privacy is"),
+        (lambda m: setattr(m.privacy, "clipping_norm", 0), "privacy.clipping_norm"),
+        (lambda m: setattr(m.privacy, "clipping_norm", float("nan")), "privacy.clipping_norm"),
+        (lambda m: setattr(m.privacy, "noise_multiplier", 0), "privacy.noise_multiplier is 0.0, expected .* from 0.01"),
+        (lambda m: setattr(m.privacy, "delta", 0), "privacy.delta"),
+        (lambda m: setattr(m.privacy, "delta", 1), "privacy.delta"),
+        (lambda m: setattr(m.privacy, "max_epsilon", -1), "privacy.max_epsilon"),
+        (lambda m: setattr(m.privacy, "population", "../x"), "privacy.population"),
+        (lambda m: setattr(m.privacy, "population", ""), "privacy.population"),
+        (lambda m: m.measures.append(common_pb2.MEASURE_RECEIVED_LOSS), "measures is received_loss, expected none"),
+        (lambda m: setattr(m.objective, "kind", common_pb2.OBJECTIVE_KIND_FEDNOVA), "one that tells no work"),
+        (lambda m: setattr(m.objective, "kind", common_pb2.OBJECTIVE_KIND_SCAFFOLD), "one that tells no work"),
+    ],
+)
+def test_a_protection_that_protects_nothing_is_refused(change: Any, named: str) -> None:
+    message = replace(PLAN, privacy=PrivacyPlan("local", 1.0, 2.0, 1e-5)).to_proto()
     change(message)
     with pytest.raises(InvalidError, match=named):
         TrainingPlan.from_proto(message)

@@ -24,31 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64stream/v1/common.proto\x12\x0c\x66\x65\x64stream.v1\"u\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\"\n\x05\x64type\x18\x03 \x01(\x0e\x32\x13.fedstream.v1.Dtype\x12&\n\x04role\x18\x04 \x01(\x0e\x32\x18.fedstream.v1.TensorRole\".\n\rWorkloadOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"Z\n\nPayloadRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.fedstream.v1.PayloadKind\"%\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x8e\x01\n\rOptimizerPlan\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.fedstream.v1.OptimizerKind\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x10\n\x08momentum\x18\x03 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x13\n\x0b\x65poch_decay\x18\x05 \x01(\x01\"L\n\rObjectivePlan\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.fedstream.v1.ObjectiveKind\x12\x10\n\x08strength\x18\x02 \x01(\x01\"\xca\x02\n\x0cTrainingPlan\x12\x10\n\x06\x65pochs\x18\x01 \x01(\x03H\x00\x12\x0f\n\x05steps\x18\x02 \x01(\x03H\x00\x12\x12\n\nbatch_size\x18\x03 \x01(\x03\x12.\n\toptimizer\x18\x04 \x01(\x0b\x32\x1b.fedstream.v1.OptimizerPlan\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x1b\n\x13time_budget_seconds\x18\x06 \x01(\x01\x12,\n\x0boverridable\x18\x07 \x03(\x0e\x32\x17.fedstream.v1.PlanField\x12\x13\n\x0bnum_threads\x18\x08 \x01(\x05\x12.\n\tobjective\x18\t \x01(\x0b\x32\x1b.fedstream.v1.ObjectivePlan\x12\'\n\x08measures\x18\n \x03(\x0e\x32\x15.fedstream.v1.MeasureB\x0c\n\nlocal_work*\xa8\x01\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12PAYLOAD_KIND_MODEL\x10\x01\x12\x17\n\x13PAYLOAD_KIND_UPDATE\x10\x02\x12\x16\n\x12PAYLOAD_KIND_DELTA\x10\x03\x12\x18\n\x14PAYLOAD_KIND_PARTIAL\x10\x04\x12\x18\n\x14PAYLOAD_KIND_VARIATE\x10\x05*\\\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ROLE_PARAMETER\x10\x01\x12\x16\n\x12TENSOR_ROLE_BUFFER\x10\x02*\xb0\x02\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x13\n\x0f\x44TYPE_COMPLEX64\x10\x05\x12\x14\n\x10\x44TYPE_COMPLEX128\x10\x06\x12\x0e\n\nDTYPE_INT8\x10\x07\x12\x0f\n\x0b\x44TYPE_INT16\x10\x08\x12\x0f\n\x0b\x44TYPE_INT32\x10\t\x12\x0f\n\x0b\x44TYPE_INT64\x10\n\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x0b\x12\x0e\n\nDTYPE_BOOL\x10\x0c\x12\x10\n\x0c\x44TYPE_UINT16\x10\r\x12\x10\n\x0c\x44TYPE_UINT32\x10\x0e\x12\x10\n\x0c\x44TYPE_UINT64\x10\x0f*z\n\rOptimizerKind\x12\x1e\n\x1aOPTIMIZER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OPTIMIZER_KIND_SGD\x10\x01\x12\x17\n\x13OPTIMIZER_KIND_ADAM\x10\x02\x12\x18\n\x14OPTIMIZER_KIND_ADAMW\x10\x03*\xb9\x01\n\rObjectiveKind\x12\x1e\n\x1aOBJECTIVE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OBJECTIVE_KIND_PLAIN\x10\x01\x12\x1a\n\x16OBJECTIVE_KIND_FEDPROX\x10\x02\x12\x1a\n\x16OBJECTIVE_KIND_FEDNOVA\x10\x03\x12\x19\n\x15OBJECTIVE_KIND_FEDDYN\x10\x04\x12\x1b\n\x17OBJECTIVE_KIND_SCAFFOLD\x10\x05*\x95\x01\n\tPlanField\x12\x1a\n\x16PLAN_FIELD_UNSPECIFIED\x10\x00\x12\x19\n\x15PLAN_FIELD_BATCH_SIZE\x10\x01\x12\x1c\n\x18PLAN_FIELD_LEARNING_RATE\x10\x02\x12\x19\n\x15PLAN_FIELD_LOCAL_WORK\x10\x03\x12\x18\n\x14PLAN_FIELD_OPTIMIZER\x10\x04*Z\n\x07Measure\x12\x17\n\x13MEASURE_UNSPECIFIED\x10\x00\x12\x19\n\x15MEASURE_RECEIVED_LOSS\x10\x01\x12\x1b\n\x17MEASURE_VALIDATION_LOSS\x10\x02*j\n\x0e\x41ssignmentKind\x12\x1f\n\x1b\x41SSIGNMENT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41SSIGNMENT_KIND_TRAIN\x10\x01\x12\x1c\n\x18\x41SSIGNMENT_KIND_EVALUATE\x10\x02*\xc0\x01\n\tWorkPhase\x12\x1a\n\x16WORK_PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORK_PHASE_QUEUED\x10\x01\x12\x1a\n\x16WORK_PHASE_DOWNLOADING\x10\x02\x12\x17\n\x13WORK_PHASE_TRAINING\x10\x03\x12\x19\n\x15WORK_PHASE_EVALUATING\x10\x04\x12\x16\n\x12WORK_PHASE_SPOOLED\x10\x05\x12\x18\n\x14WORK_PHASE_UPLOADING\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65\x64stream/v1/common.proto\x12\x0c\x66\x65\x64stream.v1\"u\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\"\n\x05\x64type\x18\x03 \x01(\x0e\x32\x13.fedstream.v1.Dtype\x12&\n\x04role\x18\x04 \x01(\x0e\x32\x18.fedstream.v1.TensorRole\".\n\rWorkloadOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"Z\n\nPayloadRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x03\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.fedstream.v1.PayloadKind\"%\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x8e\x01\n\rOptimizerPlan\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.fedstream.v1.OptimizerKind\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\x12\x10\n\x08momentum\x18\x03 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x13\n\x0b\x65poch_decay\x18\x05 \x01(\x01\"L\n\rObjectivePlan\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.fedstream.v1.ObjectiveKind\x12\x10\n\x08strength\x18\x02 \x01(\x01\"\x9f\x01\n\x0bPrivacyPlan\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.fedstream.v1.PrivacyKind\x12\x15\n\rclipping_norm\x18\x02 \x01(\x01\x12\x18\n\x10noise_multiplier\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x13\n\x0bmax_epsilon\x18\x05 \x01(\x01\x12\x12\n\npopulation\x18\x06 \x01(\t\"\xf6\x02\n\x0cTrainingPlan\x12\x10\n\x06\x65pochs\x18\x01 \x01(\x03H\x00\x12\x0f\n\x05steps\x18\x02 \x01(\x03H\x00\x12\x12\n\nbatch_size\x18\x03 \x01(\x03\x12.\n\toptimizer\x18\x04 \x01(\x0b\x32\x1b.fedstream.v1.OptimizerPlan\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x1b\n\x13time_budget_seconds\x18\x06 \x01(\x01\x12,\n\x0boverridable\x18\x07 \x03(\x0e\x32\x17.fedstream.v1.PlanField\x12\x13\n\x0bnum_threads\x18\x08 \x01(\x05\x12.\n\tobjective\x18\t \x01(\x0b\x32\x1b.fedstream.v1.ObjectivePlan\x12\'\n\x08measures\x18\n \x03(\x0e\x32\x15.fedstream.v1.Measure\x12*\n\x07privacy\x18\x0b \x01(\x0b\x32\x19.fedstream.v1.PrivacyPlanB\x0c\n\nlocal_work*\xa8\x01\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12PAYLOAD_KIND_MODEL\x10\x01\x12\x17\n\x13PAYLOAD_KIND_UPDATE\x10\x02\x12\x16\n\x12PAYLOAD_KIND_DELTA\x10\x03\x12\x18\n\x14PAYLOAD_KIND_PARTIAL\x10\x04\x12\x18\n\x14PAYLOAD_KIND_VARIATE\x10\x05*\\\n\nTensorRole\x12\x1b\n\x17TENSOR_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ROLE_PARAMETER\x10\x01\x12\x16\n\x12TENSOR_ROLE_BUFFER\x10\x02*\xb0\x02\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x13\n\x0f\x44TYPE_COMPLEX64\x10\x05\x12\x14\n\x10\x44TYPE_COMPLEX128\x10\x06\x12\x0e\n\nDTYPE_INT8\x10\x07\x12\x0f\n\x0b\x44TYPE_INT16\x10\x08\x12\x0f\n\x0b\x44TYPE_INT32\x10\t\x12\x0f\n\x0b\x44TYPE_INT64\x10\n\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x0b\x12\x0e\n\nDTYPE_BOOL\x10\x0c\x12\x10\n\x0c\x44TYPE_UINT16\x10\r\x12\x10\n\x0c\x44TYPE_UINT32\x10\x0e\x12\x10\n\x0c\x44TYPE_UINT64\x10\x0f*z\n\rOptimizerKind\x12\x1e\n\x1aOPTIMIZER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OPTIMIZER_KIND_SGD\x10\x01\x12\x17\n\x13OPTIMIZER_KIND_ADAM\x10\x02\x12\x18\n\x14OPTIMIZER_KIND_ADAMW\x10\x03*\xb9\x01\n\rObjectiveKind\x12\x1e\n\x1aOBJECTIVE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OBJECTIVE_KIND_PLAIN\x10\x01\x12\x1a\n\x16OBJECTIVE_KIND_FEDPROX\x10\x02\x12\x1a\n\x16OBJECTIVE_KIND_FEDNOVA\x10\x03\x12\x19\n\x15OBJECTIVE_KIND_FEDDYN\x10\x04\x12\x1b\n\x17OBJECTIVE_KIND_SCAFFOLD\x10\x05*\x95\x01\n\tPlanField\x12\x1a\n\x16PLAN_FIELD_UNSPECIFIED\x10\x00\x12\x19\n\x15PLAN_FIELD_BATCH_SIZE\x10\x01\x12\x1c\n\x18PLAN_FIELD_LEARNING_RATE\x10\x02\x12\x19\n\x15PLAN_FIELD_LOCAL_WORK\x10\x03\x12\x18\n\x14PLAN_FIELD_OPTIMIZER\x10\x04*Z\n\x07Measure\x12\x17\n\x13MEASURE_UNSPECIFIED\x10\x00\x12\x19\n\x15MEASURE_RECEIVED_LOSS\x10\x01\x12\x1b\n\x17MEASURE_VALIDATION_LOSS\x10\x02*^\n\x0bPrivacyKind\x12\x1c\n\x18PRIVACY_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12PRIVACY_KIND_LOCAL\x10\x01\x12\x19\n\x15PRIVACY_KIND_EXAMPLES\x10\x02*j\n\x0e\x41ssignmentKind\x12\x1f\n\x1b\x41SSIGNMENT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41SSIGNMENT_KIND_TRAIN\x10\x01\x12\x1c\n\x18\x41SSIGNMENT_KIND_EVALUATE\x10\x02*\xc0\x01\n\tWorkPhase\x12\x1a\n\x16WORK_PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORK_PHASE_QUEUED\x10\x01\x12\x1a\n\x16WORK_PHASE_DOWNLOADING\x10\x02\x12\x17\n\x13WORK_PHASE_TRAINING\x10\x03\x12\x19\n\x15WORK_PHASE_EVALUATING\x10\x04\x12\x16\n\x12WORK_PHASE_SPOOLED\x10\x05\x12\x18\n\x14WORK_PHASE_UPLOADING\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedstream.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PAYLOADKIND']._serialized_start=898
-  _globals['_PAYLOADKIND']._serialized_end=1066
-  _globals['_TENSORROLE']._serialized_start=1068
-  _globals['_TENSORROLE']._serialized_end=1160
-  _globals['_DTYPE']._serialized_start=1163
-  _globals['_DTYPE']._serialized_end=1467
-  _globals['_OPTIMIZERKIND']._serialized_start=1469
-  _globals['_OPTIMIZERKIND']._serialized_end=1591
-  _globals['_OBJECTIVEKIND']._serialized_start=1594
-  _globals['_OBJECTIVEKIND']._serialized_end=1779
-  _globals['_PLANFIELD']._serialized_start=1782
-  _globals['_PLANFIELD']._serialized_end=1931
-  _globals['_MEASURE']._serialized_start=1933
-  _globals['_MEASURE']._serialized_end=2023
-  _globals['_ASSIGNMENTKIND']._serialized_start=2025
-  _globals['_ASSIGNMENTKIND']._serialized_end=2131
-  _globals['_WORKPHASE']._serialized_start=2134
-  _globals['_WORKPHASE']._serialized_end=2326
+  _globals['_PAYLOADKIND']._serialized_start=1104
+  _globals['_PAYLOADKIND']._serialized_end=1272
+  _globals['_TENSORROLE']._serialized_start=1274
+  _globals['_TENSORROLE']._serialized_end=1366
+  _globals['_DTYPE']._serialized_start=1369
+  _globals['_DTYPE']._serialized_end=1673
+  _globals['_OPTIMIZERKIND']._serialized_start=1675
+  _globals['_OPTIMIZERKIND']._serialized_end=1797
+  _globals['_OBJECTIVEKIND']._serialized_start=1800
+  _globals['_OBJECTIVEKIND']._serialized_end=1985
+  _globals['_PLANFIELD']._serialized_start=1988
+  _globals['_PLANFIELD']._serialized_end=2137
+  _globals['_MEASURE']._serialized_start=2139
+  _globals['_MEASURE']._serialized_end=2229
+  _globals['_PRIVACYKIND']._serialized_start=2231
+  _globals['_PRIVACYKIND']._serialized_end=2325
+  _globals['_ASSIGNMENTKIND']._serialized_start=2327
+  _globals['_ASSIGNMENTKIND']._serialized_end=2433
+  _globals['_WORKPHASE']._serialized_start=2436
+  _globals['_WORKPHASE']._serialized_end=2628
   _globals['_TENSORSPEC']._serialized_start=43
   _globals['_TENSORSPEC']._serialized_end=160
   _globals['_WORKLOADOFFER']._serialized_start=162
@@ -61,6 +63,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPTIMIZERPLAN']._serialized_end=484
   _globals['_OBJECTIVEPLAN']._serialized_start=486
   _globals['_OBJECTIVEPLAN']._serialized_end=562
-  _globals['_TRAININGPLAN']._serialized_start=565
-  _globals['_TRAININGPLAN']._serialized_end=895
+  _globals['_PRIVACYPLAN']._serialized_start=565
+  _globals['_PRIVACYPLAN']._serialized_end=724
+  _globals['_TRAININGPLAN']._serialized_start=727
+  _globals['_TRAININGPLAN']._serialized_end=1101
 # @@protoc_insertion_point(module_scope)

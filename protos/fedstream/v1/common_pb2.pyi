@@ -287,6 +287,30 @@ MEASURE_VALIDATION_LOSS: Measure.ValueType  # 2
 """"validation_loss": mean loss of the trained model over the site's evaluation data. A site that has none cannot train in the run."""
 Global___Measure: _TypeAlias = Measure  # noqa: Y015
 
+class _PrivacyKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrivacyKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PrivacyKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIVACY_KIND_UNSPECIFIED: _PrivacyKind.ValueType  # 0
+    """Never sent; refused."""
+    PRIVACY_KIND_LOCAL: _PrivacyKind.ValueType  # 1
+    """The update, all its tensors together one vector, is cut to the norm and gets noise: hides whatever the site's data is."""
+    PRIVACY_KIND_EXAMPLES: _PrivacyKind.ValueType  # 2
+    """DP-SGD: each example's gradient is cut to the norm, and each step's sum gets noise: hides single examples."""
+
+class PrivacyKind(_PrivacyKind, metaclass=_PrivacyKindEnumTypeWrapper):
+    """What a site does by itself to protect its data, before anything of an update leaves it."""
+
+PRIVACY_KIND_UNSPECIFIED: PrivacyKind.ValueType  # 0
+"""Never sent; refused."""
+PRIVACY_KIND_LOCAL: PrivacyKind.ValueType  # 1
+"""The update, all its tensors together one vector, is cut to the norm and gets noise: hides whatever the site's data is."""
+PRIVACY_KIND_EXAMPLES: PrivacyKind.ValueType  # 2
+"""DP-SGD: each example's gradient is cut to the norm, and each step's sum gets noise: hides single examples."""
+Global___PrivacyKind: _TypeAlias = PrivacyKind  # noqa: Y015
+
 class _AssignmentKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -538,6 +562,52 @@ class ObjectivePlan(_message.Message):
 Global___ObjectivePlan: _TypeAlias = ObjectivePlan  # noqa: Y015
 
 @_typing.final
+class PrivacyPlan(_message.Message):
+    """Differential privacy that a site gives by itself and keeps the account of. Then an update says that it is of one example and no
+    steps, its metrics are the client's own ("privacy.epsilon"), and progress says the phase alone.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    CLIPPING_NORM_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MAX_EPSILON_FIELD_NUMBER: _builtins.int
+    POPULATION_FIELD_NUMBER: _builtins.int
+    kind: Global___PrivacyKind.ValueType
+    """Which guarantee. A client refuses an assignment with one that it does not know."""
+    clipping_norm: _builtins.float
+    """L2 norm that updates, or the gradients of single examples, are cut to; greater than 0."""
+    noise_multiplier: _builtins.float
+    """Standard deviation of the noise in units of clipping_norm, at least 0.01."""
+    delta: _builtins.float
+    """Delta of the guarantee, greater than 0 and less than 1."""
+    max_epsilon: _builtins.float
+    """Epsilon, at delta, that one site may spend on the population in all; 0 for no limit. A site refuses what would go beyond it, or
+    beyond a limit of its own.
+    """
+    population: _builtins.str
+    """Whose data is spent, 1 to 64 characters of [a-zA-Z0-9._-]: what runs of one population spent adds up at each site."""
+    def __init__(
+        self,
+        *,
+        kind: Global___PrivacyKind.ValueType = ...,
+        clipping_norm: _builtins.float = ...,
+        noise_multiplier: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        max_epsilon: _builtins.float = ...,
+        population: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipping_norm", b"clipping_norm", "delta", b"delta", "kind", b"kind", "max_epsilon", b"max_epsilon", "noise_multiplier", b"noise_multiplier", "population", b"population"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacyPlan: _TypeAlias = PrivacyPlan  # noqa: Y015
+
+@_typing.final
 class TrainingPlan(_message.Message):
     """What a client is told to do with the model it receives."""
 
@@ -553,6 +623,7 @@ class TrainingPlan(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     MEASURES_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local data, at least 1."""
     steps: _builtins.int
@@ -583,6 +654,10 @@ class TrainingPlan(_message.Message):
     def measures(self) -> _containers.RepeatedScalarFieldContainer[Global___Measure.ValueType]:
         """What to measure besides. The time for it is no part of the time budget. A client refuses an assignment with what it does not know."""
 
+    @_builtins.property
+    def privacy(self) -> Global___PrivacyPlan:
+        """How the site protects its data; absent: not at all by itself."""
+
     def __init__(
         self,
         *,
@@ -596,10 +671,11 @@ class TrainingPlan(_message.Message):
         num_threads: _builtins.int = ...,
         objective: Global___ObjectivePlan | None = ...,
         measures: _abc.Iterable[Global___Measure.ValueType] | None = ...,
+        privacy: Global___PrivacyPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "local_work", b"local_work", "objective", b"objective", "optimizer", b"optimizer", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "local_work", b"local_work", "objective", b"objective", "optimizer", b"optimizer", "privacy", b"privacy", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "local_work", b"local_work", "measures", b"measures", "num_threads", b"num_threads", "objective", b"objective", "optimizer", b"optimizer", "overridable", b"overridable", "seed", b"seed", "steps", b"steps", "time_budget_seconds", b"time_budget_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "local_work", b"local_work", "measures", b"measures", "num_threads", b"num_threads", "objective", b"objective", "optimizer", b"optimizer", "overridable", b"overridable", "privacy", b"privacy", "seed", b"seed", "steps", b"steps", "time_budget_seconds", b"time_budget_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_local_work: _TypeAlias = _typing.Literal["epochs", "steps"]  # noqa: Y015
     _WhichOneofArgType_local_work: _TypeAlias = _typing.Literal["local_work", b"local_work"]  # noqa: Y015
