@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from functools import lru_cache
 from threading import Lock
 from typing import Any, Final
@@ -193,7 +194,7 @@ def noise_multiplier_for(
     # More than enough: sampling amplifies, so without it the same noise costs no less.
     enough = math.sqrt(num_rounds) / _mu_for(epsilon, left)
     if isinstance(kind, Everyone):
-        return _round_up(max(enough, _LEAST_NOISE))
+        return rounded_up(max(enough, _LEAST_NOISE), _DIGITS)
 
     def excess(noise: float, interval: float) -> float:
         found = _reported({(_key(noise), kind): num_rounds}, left, interval)
@@ -268,9 +269,17 @@ def default_delta(population: int) -> float:
 # Words
 
 
+def rounded_up(value: float, digits: int) -> float:
+    """The next number with so many significant digits that is not less: no epsilon and no noise is talked down."""
+    # By its shortest digits: 0.1 is a little more than that, and stays 0.1.
+    return float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(value)))
+
+
 def claim(spends: Sequence[Spend], found: Epsilon, delta: float, failure: float = 0.0) -> str:
     """The guarantee in words that a data-protection officer can quote and a reviewer can check: figures, unit, relation,
-    sensitivity, sampling, accountant and assumptions. `found` is what `epsilon` or `epsilon_without_sampling` answered."""
+    sensitivity, sampling, accountant and assumptions; epsilon rounded up to four digits.
+
+    `found` is what `epsilon` or `epsilon_without_sampling` answered."""
     mechanisms = list(dict.fromkeys(spend.mechanism for spend in spends if spend.count))
     if not mechanisms:
         return "Nothing that depends on the data has been released."
@@ -279,12 +288,12 @@ def claim(spends: Sequence[Spend], found: Epsilon, delta: float, failure: float 
     if math.isinf(found.reported):
         return f"No differential privacy: {events} with no noise, or hardly any. {mechanisms[0].sentence()}"
     lost = f", of which {failure:.2g} for noise that is not quite Gaussian" if failure else ""
-    beside = "" if found.pld is None else f"; {found.rdp:.4g} by Renyi differential privacy"
+    beside = "" if found.pld is None else f"; {rounded_up(found.rdp, 4):g} by Renyi differential privacy"
     described = " And: ".join(mechanism.sentence() for mechanism in mechanisms[:3])
     more = f" And {len(mechanisms) - 3:,} more of the kind." if len(mechanisms) > 3 else ""
     assumed = dict.fromkeys(sentence for mechanism in mechanisms for sentence in mechanism.assumptions())
     return (
-        f"({found.reported:.4g}, {delta:.2g})-differential privacy over {events}{lost}. {described}{more} Composed by "
+        f"({rounded_up(found.reported, 4):g}, {delta:.6g})-differential privacy over {events}{lost}. {described}{more} Composed by "
         f"{found.accountant}{beside}. Assumed: {' '.join(assumed)}"
     )
 
@@ -539,7 +548,7 @@ def _least(excess: Callable[[float], float], low: float, high: float) -> float:
         return high
     root = brentq(lambda log: excess(math.exp(log)), math.log(low), math.log(high), xtol=_RELATIVE / 5)
     # The root is within xtol of where the sign changes, and brentq adds a few last digits.
-    return _round_up(min(high, math.exp(root + _RELATIVE / 4)))
+    return rounded_up(min(high, math.exp(root + _RELATIVE / 4)), _DIGITS)
 
 
 def _correct(excess: Callable[[float], float], near: float, slope: float) -> float:
@@ -549,7 +558,7 @@ def _correct(excess: Callable[[float], float], near: float, slope: float) -> flo
     low, high = 0.0, math.inf
     noise = near
     while True:
-        noise = _round_up(max(noise, _LEAST_NOISE))
+        noise = rounded_up(max(noise, _LEAST_NOISE), _DIGITS)
         found = excess(noise)
         low, high = (low, noise) if found <= 0 else (noise, high)
         if -band <= found <= 0 or high <= max(low, _LEAST_NOISE) * (1 + _RELATIVE):
@@ -557,11 +566,6 @@ def _correct(excess: Callable[[float], float], near: float, slope: float) -> flo
         noise *= math.exp((found + band / 2) / -slope)
         if not low < noise < high:
             noise = math.sqrt(low * high)
-
-
-def _round_up(noise: float) -> float:
-    """Just above, so that rounding to a key's digits does not take any of it away."""
-    return float(f"{noise * (1 + 10.0 ** (1 - _DIGITS)):.{_DIGITS}g}")
 
 
 def _most(fits: Callable[[int], bool], known: int) -> int:

@@ -31,6 +31,7 @@ from fed_server.cli.exit_codes import (
     EXIT_RUN_FAILED,
     judge,
 )
+from fed_server.cli.privacy import privacy_app
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -65,6 +66,7 @@ app.add_typer(client_app, name="client")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.add_typer(codec_app, name="codec")
+app.add_typer(privacy_app, name="privacy")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name or id of the run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, with the field names of the contract.")]

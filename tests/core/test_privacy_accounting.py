@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from fed_core.privacy.accounting import (
     likely_participations,
     noise_multiplier_for,
     projection,
+    rounded_up,
     rounds_for,
 )
 from fed_core.privacy.mechanism import (
@@ -625,7 +627,9 @@ def test_a_claim_says_what_a_reviewer_asks_for(mechanism: Mechanism) -> None:
     spends = [Spend(mechanism, 1)]
     found = epsilon(spends, 1e-5, 1e-9)
     text = claim(spends, found, 1e-5, 1e-9)
-    assert f"({found.reported:.4g}, 1e-05)-differential privacy" in text
+    quoted = re.match(r"\(([0-9.]+), 1e-05\)-differential privacy", text)
+    assert quoted is not None
+    assert found.reported <= float(quoted[1]) <= found.reported * 1.001
     assert mechanism.unit in text
     assert {"add_remove": "adding or removing one", "replace_one": "replacing one"}[mechanism.relation] in text
     assert f"L2 sensitivity {mechanism.sensitivity:.6g}" in text
@@ -635,6 +639,13 @@ def test_a_claim_says_what_a_reviewer_asks_for(mechanism: Mechanism) -> None:
     ] in text
     assert "1e-09" in text
     assert "Assumed:" in text
+
+
+@given(value=st.floats(1e-6, 1e6), digits=st.integers(1, 12))
+def test_figures_are_rounded_up(value: float, digits: int) -> None:
+    shown = rounded_up(value, digits)
+    assert value * (1 - 1e-15) <= shown <= value * (1 + 10.0 ** (1 - digits)) * (1 + 1e-15)
+    assert rounded_up(shown, digits) == shown
 
 
 def test_a_claim_without_noise_claims_nothing() -> None:
