@@ -25,7 +25,7 @@ from fed_core.codecs.auto import AutoConfig
 from fed_core.codecs.config import CodecTable, FeedbackTable
 from fed_core.codecs.registry import UPLINK_ONLY, EncodingConfig
 from fed_core.errors import ConfigError
-from fed_server.config_privacy import CentralPrivacyConfig, NoPrivacyConfig, PrivacyConfig
+from fed_server.config_privacy import NoPrivacyConfig, PrivacyConfig
 from fed_server.config_table import MAX_COHORT, WORD, ConfigTable, LabelWord, refuse
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -1067,7 +1067,7 @@ class RunConfig(ConfigTable):
                 )
         if isinstance(self.training.objective, VariateConfig):
             problems |= self.training.objective.problems(self)
-        if isinstance(self.privacy, CentralPrivacyConfig):
+        if not isinstance(self.privacy, NoPrivacyConfig):
             problems |= self.privacy.problems(self)
         if isinstance(self.aggregation, QFedAvgConfig):
             problems |= self.aggregation.problems(self)

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, Union
 
 from pydantic import Field, Strict, model_validator
 
+from fed_core.plan import LEAST_NOISE, PrivacyPlan
 from fed_server.config_table import WORD, ConfigTable, LabelWord, refuse
 
 if TYPE_CHECKING:
     from fed_server.config import RunConfig
+
+Mode = Literal["central", "local", "examples"]
 
 ClippingNorm = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -57,6 +60,52 @@ class AdaptiveClippingConfig(ConfigTable):
 ClippingConfig = Annotated[FixedClippingConfig | AdaptiveClippingConfig, Field(discriminator="kind")]
 
 
+class IndependentConfig(ConfigTable):
+    """Every round draws noise of its own, and sampling amplifies."""
+
+    kind: Literal["independent"] = Field(default="independent", description="Noise of its own in every round.")
+
+
+class _CorrelationConfig(ConfigTable):
+    max_participations: int = Field(
+        ge=1,
+        le=1_000_000,
+        description="Rounds of the run that one client is asked in at most.",
+        examples=[10],
+    )
+    min_separation: int = Field(
+        default=1,
+        ge=1,
+        le=1_000_000,
+        description="Rounds from one in which a client is asked to the next in which it may be, at least: 1 is any.",
+    )
+
+
+class TreeConfig(_CorrelationConfig):
+    """Noise on the nodes of a binary tree over the rounds, of which each version carries few (DP-FTRL, Kairouz et al. 2021,
+    arXiv:2103.00039)."""
+
+    kind: Literal["tree"] = Field(default="tree", description="Noise on the nodes of a binary tree over the rounds.")
+
+
+class BandedInverseConfig(_CorrelationConfig):
+    """Each round takes back part of what the last rounds drew, by the coefficients of an inverse square root (Kalinin et al. 2025,
+    arXiv:2505.12128)."""
+
+    kind: Literal["banded_inverse"] = Field(
+        default="banded_inverse", description="Each round takes back part of the last rounds' noise."
+    )
+    bands: int = Field(
+        default=8,
+        ge=2,
+        le=64,
+        description="Rounds whose noise a round combines, its own included. Each costs a draw of the model's size.",
+    )
+
+
+CorrelationConfig = Annotated[IndependentConfig | TreeConfig | BandedInverseConfig, Field(discriminator="kind")]
+
+
 class CentralPrivacyConfig(ConfigTable):
     """Client-level differential privacy by a coordinator that is trusted with the updates (DP-FedAvg, McMahan et al. 2018,
     arXiv:1710.06963): updates are cut to a norm, cohorts are drawn by independent coins, and every released sum carries noise. What
@@ -79,6 +128,12 @@ class CentralPrivacyConfig(ConfigTable):
         examples=[1.0],
     )
     clipping: ClippingConfig = Field(description="The norm that updates are cut to.")
+    correlation: CorrelationConfig = Field(
+        default=IndependentConfig(),
+        description="How the noise of one round goes with that of others. With any but independent, noise_multiplier is that of "
+        "the whole run, cohorts are drawn in turn and not by coins, nothing is amplified by sampling, and who takes part need not be "
+        "secret.",
+    )
     delta: float = Field(
         gt=0,
         lt=1,
@@ -117,6 +172,13 @@ class CentralPrivacyConfig(ConfigTable):
             refuse(
                 {"units": f"expected each client in one unit, got {', '.join(twice)} in more: delete the repetition"}
             )
+        if not isinstance(self.correlation, IndependentConfig) and not isinstance(self.clipping, FixedClippingConfig):
+            refuse(
+                {
+                    "clipping.kind": f'expected "fixed" with correlation.kind = "{self.correlation.kind}", whose account needs the '
+                    "same bound in every round: set norm"
+                }
+            )
         return self
 
     def fewest_units(self, size: int) -> int:
@@ -140,9 +202,106 @@ class CentralPrivacyConfig(ConfigTable):
         return problems | refused_features(run, "central")
 
 
-PrivacyConfig: TypeAlias = Annotated[Union[NoPrivacyConfig, CentralPrivacyConfig], Field(discriminator="kind")]  # noqa: UP007
+class _SitePrivacyConfig(ConfigTable):
+    kind: Mode
+    delta: float = Field(
+        gt=0,
+        lt=1,
+        description='Delta of the guarantee. With kind = "local" it must be below 1 / cohort.size, and better below a tenth of '
+        'that; with "examples" a site refuses one that is not below 1 / its number of examples.',
+        examples=[1e-5],
+    )
+    max_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Epsilon, at delta, that one site may spend on the population in all: it refuses assignments that would go "
+        "beyond it, or beyond the max_epsilon of its own settings. Unset: the site's limit alone.",
+        examples=[8.0],
+    )
+    population: str = Field(
+        default="default",
+        min_length=1,
+        max_length=64,
+        pattern=WORD,
+        description="Whose data is spent: what runs of the same population spent adds up, at each site by itself.",
+    )
 
-Mode = Literal["central"]
+    def plan(self) -> PrivacyPlan:
+        """What a site is told."""
+        raise NotImplementedError
+
+    def problems(self, run: RunConfig) -> dict[str, str]:
+        """What the rest of the run does not allow, by field."""
+        return refused_features(run, self.kind)
+
+
+class LocalPrivacyConfig(_SitePrivacyConfig):
+    """Client-level differential privacy that each site gives by itself, for coordinators that are not trusted with updates: it cuts
+    its update to a norm and adds noise before anything leaves, and keeps the account. Costs far more accuracy than "central", for
+    the noise of every site is as large as the whole sum's there."""
+
+    kind: Literal["local"] = Field(
+        default="local", description="Noise at the sites, which trust nobody; hides all of a site's data."
+    )
+    clipping_norm: ClippingNorm = Field(
+        description="L2 norm, over all tensors of an update together, that longer updates are cut to.", examples=[1.0]
+    )
+    noise_multiplier: float = Field(
+        ge=LEAST_NOISE,
+        le=1e4,
+        description="Standard deviation of the noise in units of clipping_norm. Replacing a site's data moves its update by twice "
+        "the norm, so the accountant reckons with half of this.",
+        examples=[4.0],
+    )
+
+    def plan(self) -> PrivacyPlan:
+        """What a site is told."""
+        return PrivacyPlan(
+            "local", self.clipping_norm, self.noise_multiplier, self.delta, self.max_epsilon, self.population
+        )
+
+    def problems(self, run: RunConfig) -> dict[str, str]:
+        """See `_SitePrivacyConfig.problems`."""
+        problems: dict[str, str] = {}
+        if self.delta >= 1 / run.cohort.size:
+            problems["privacy.delta"] = (
+                f"expected less than 1 / {run.cohort.size} sites (cohort.size), got {self.delta:g}; such a guarantee would allow "
+                "that one of them is given away whole: lower it, best to a tenth of that"
+            )
+        return problems | super().problems(run)
+
+
+class ExamplePrivacyConfig(_SitePrivacyConfig):
+    """Example-level differential privacy that each site gives by itself (DP-SGD, Abadi et al. 2016, arXiv:1607.00133): batches are
+    drawn by independent coins, each example's gradient is cut to a norm, and every step's sum carries noise. Hides single
+    examples, such as one patient's record, but not what all of a site's examples have in common."""
+
+    kind: Literal["examples"] = Field(
+        default="examples", description="DP-SGD at the sites, which trust nobody; hides single examples."
+    )
+    clipping_norm: ClippingNorm = Field(
+        description="L2 norm, over all parameters together, that the gradient of each example is cut to.",
+        examples=[1.0],
+    )
+    noise_multiplier: float = Field(
+        ge=LEAST_NOISE,
+        le=1e4,
+        description="Standard deviation of the noise on the sum of a step's gradients, in units of clipping_norm.",
+        examples=[1.0],
+    )
+
+    def plan(self) -> PrivacyPlan:
+        """What a site is told."""
+        return PrivacyPlan(
+            "examples", self.clipping_norm, self.noise_multiplier, self.delta, self.max_epsilon, self.population
+        )
+
+
+PrivacyConfig: TypeAlias = Annotated[
+    Union[NoPrivacyConfig, CentralPrivacyConfig, LocalPrivacyConfig, ExamplePrivacyConfig],  # noqa: UP007
+    Field(discriminator="kind"),
+]
 
 
 @dataclass(frozen=True)
@@ -177,6 +336,7 @@ def refused_features(run: RunConfig, mode: Mode) -> dict[str, str]:
 
 
 _FREE = "free: it is computed from what is released anyway"
+_PROTECTED = "free: every update is protected before it leaves its site, whatever becomes of it then"
 
 
 def _weighting_is(*weightings: str) -> Callable[[RunConfig], bool]:
@@ -192,6 +352,14 @@ def _central(field: str, text: str) -> dict[Mode, Verdict]:
     return {"central": Verdict(text, field)}
 
 
+def _sites(text: str, field: str = "") -> dict[Mode, Verdict]:
+    return {"local": Verdict(text, field), "examples": Verdict(text, field)}
+
+
+def _asks_by_losses(run: RunConfig) -> bool:
+    return run.cohort.selection == "importance"
+
+
 FEATURES: tuple[Feature, ...] = (
     Feature(
         "weights by number of examples, or by the workload",
@@ -200,6 +368,10 @@ FEATURES: tuple[Feature, ...] = (
         _central(
             "aggregation.weighting",
             'weights that the sites\' data decide change how much one client may move the sum; set weighting = "uniform"',
+        )
+        | _sites(
+            'how much data a site has stays there, and every update says that it is of one example; set weighting = "uniform"',
+            "aggregation.weighting",
         ),
     ),
     Feature(
@@ -210,6 +382,10 @@ FEATURES: tuple[Feature, ...] = (
             "aggregation.weighting",
             "losses come of the sites' data, and one client could move the sum beyond its clipping norm; set weighting = "
             '"uniform"',
+        )
+        | _sites(
+            'losses come of the sites\' data and would leave without noise; set weighting = "uniform"',
+            "aggregation.weighting",
         ),
     ),
     Feature(
@@ -219,7 +395,8 @@ FEATURES: tuple[Feature, ...] = (
         _central(
             "aggregation.importance",
             "every client counts the same where noise is to hide any one of them; delete it",
-        ),
+        )
+        | _sites(_PROTECTED),
     ),
     Feature(
         "q-FedAvg",
@@ -228,6 +405,11 @@ FEATURES: tuple[Feature, ...] = (
         _central(
             "aggregation.kind",
             'qfedavg weights by losses, which come of the sites\' data; take "mean" with weighting = "uniform"',
+        )
+        | _sites(
+            'qfedavg weights by losses, which come of the sites\' data and would leave without noise; take "mean" with '
+            'weighting = "uniform"',
+            "aggregation.kind",
         ),
     ),
     Feature(
@@ -238,7 +420,8 @@ FEATURES: tuple[Feature, ...] = (
             "aggregation.kind",
             "how far one client may move a robust rule's result is not bounded by its clipping norm; take "
             '"mean" with weighting = "uniform", which clipping makes robust against length',
-        ),
+        )
+        | _sites(_PROTECTED),
     ),
     Feature(
         "a bound on values",
@@ -253,16 +436,25 @@ FEATURES: tuple[Feature, ...] = (
         _central(
             "rounds.kind",
             "who is in a buffer hangs on who is fast, which no accountant covers; delete [rounds]",
-        ),
+        )
+        | _sites(_PROTECTED),
     ),
     Feature(
-        "cohorts that are not drawn by coins",
-        lambda run: run.cohort.selection != "random",
+        "cohorts that go by who was asked when",
+        lambda run: run.cohort.selection in ("round_robin", "staleness"),
         '[cohort]\nsize = 100\nselection = "round_robin"',
+        _central("cohort.selection", "the accountant covers independent coins alone; delete it")
+        | _sites("free: it goes by no data; and no chance of being left out is counted"),
+    ),
+    Feature(
+        "cohorts that go by losses",
+        _asks_by_losses,
+        '[cohort]\nsize = 100\nselection = "importance"',
         _central(
             "cohort.selection",
             "the accountant covers independent coins alone, and losses come of the sites' data; delete it",
-        ),
+        )
+        | _sites("losses come of the sites' data and would leave without noise; delete it", "cohort.selection"),
     ),
     Feature(
         "over-selection",
@@ -271,7 +463,8 @@ FEATURES: tuple[Feature, ...] = (
         _central(
             "cohort.over_selection",
             "the cohort is drawn by privacy.sampling_rate, and who is late counts as zero; delete it",
-        ),
+        )
+        | _sites("free, but a site has been charged for an update that is not waited for, once it has left"),
     ),
     Feature(
         "a quorum, or a wait for so many clients",
@@ -282,7 +475,8 @@ FEATURES: tuple[Feature, ...] = (
         _central(
             "cohort.quorum",
             "a round is released whoever comes, or the release would say who did; delete quorum and min_clients",
-        ),
+        )
+        | _sites("free: that a site takes part is not hidden"),
     ),
     Feature(
         "SCAFFOLD",
@@ -292,6 +486,11 @@ FEATURES: tuple[Feature, ...] = (
             "training.objective",
             "scaffold sends the sum of all sites' variates, a second release that has no noise; "
             'take "plain" or "fedprox"',
+        )
+        | _sites(
+            "with scaffold an update says how much work is behind it, which hangs on how much data there is; take "
+            '"plain", "fedprox" or "feddyn"',
+            "training.objective",
         ),
     ),
     Feature(
@@ -302,7 +501,8 @@ FEATURES: tuple[Feature, ...] = (
             "training.objective",
             "feddyn adds up what each site sent over the whole run, and its rule for the server divides by who has "
             'taken part; take "plain" or "fedprox"',
-        ),
+        )
+        | _sites("free: what a site carries follows its update as others decode it"),
     ),
     Feature(
         "FedNova",
@@ -312,13 +512,19 @@ FEATURES: tuple[Feature, ...] = (
             "training.objective",
             "fednova scales the mean by the work that the sites did, which hangs on how much data they have; take "
             '"plain" or "fedprox"',
+        )
+        | _sites(
+            "with fednova an update says how much work is behind it, which hangs on how much data there is; take "
+            '"plain", "fedprox" or "feddyn"',
+            "training.objective",
         ),
     ),
     Feature(
         "FedProx",
         lambda run: run.training.objective.kind == "fedprox",
         '[training.objective]\nkind = "fedprox"',
-        {"central": Verdict("free: it changes what a client trains, not what it may send")},
+        {"central": Verdict("free: it changes what a client trains, not what it may send")}
+        | _sites("free: the model received, towards which it pulls, is no secret"),
     ),
     Feature(
         "evaluation by the clients, and what follows from it (best version, target, patience)",
@@ -328,6 +534,11 @@ FEATURES: tuple[Feature, ...] = (
             "evaluation.at",
             'metrics of the clients\' data would be released without noise; take "coordinator" (on public data, with fed-server '
             '--workload) or "none"',
+        )
+        | _sites(
+            'metrics of the clients\' data would leave without noise; take "coordinator" (on public data, with fed-server '
+            '--workload) or "none"',
+            "evaluation.at",
         ),
     ),
     Feature(
@@ -337,31 +548,44 @@ FEATURES: tuple[Feature, ...] = (
         _central(
             "training.schedule.metric",
             "the losses of a cohort would be released without noise; watch a metric of the coordinator's evaluation",
+        )
+        | _sites(
+            "losses do not leave the sites; watch a metric of the coordinator's evaluation",
+            "training.schedule.metric",
         ),
     ),
     Feature(
         "evaluation at the coordinator, and what follows from it (best version, target, patience, plateau)",
         lambda run: run.evaluation.at == "coordinator",
         '[evaluation]\nat = "coordinator"',
-        {"central": Verdict(f"{_FREE}, and from data that the coordinator has, which must be nobody's secret")},
+        {"central": Verdict(f"{_FREE}, and from data that the coordinator has, which must be nobody's secret")}
+        | _sites(f"{_FREE}, and from data that the coordinator has, which must be nobody's secret"),
     ),
     Feature(
         "a server optimizer, or a moving average of the versions",
         lambda run: run.server_optimizer.kind != "sgd" or run.average.decay > 0,
         '[server_optimizer]\nkind = "adam"\n[average]\ndecay = 0.9',
-        {"central": Verdict(_FREE)},
+        {"central": Verdict(_FREE)} | _sites(_PROTECTED),
     ),
     Feature(
         "error feedback at the clients",
         lambda run: bool(getattr(run.uplink, "feedback", False)),
         '[uplink]\nkind = "sign"\nfeedback = true',
-        {"central": Verdict("free: what is carried over is the client's own, and is cut with its next update")},
+        {
+            "central": Verdict("free: what is carried over is the client's own, and is cut with its next update"),
+            "local": Verdict("free: what is carried over is added before the update is cut and gets its noise"),
+            "examples": Verdict("free: what is carried over was trained under the same guarantee"),
+        },
     ),
     Feature(
         "a time budget",
         lambda run: run.schedule.time_budget_seconds > 0,
         "[schedule]\nmax_rounds = 3\ntime_budget_seconds = 5.0",
-        {"central": Verdict("free: it changes what a client trains, not what it may send")},
+        {
+            "central": Verdict("free: it changes what a client trains, not what it may send"),
+            "local": Verdict("free: it changes what a site trains, not what it may send"),
+            "examples": Verdict("free, but a site is charged for all steps that were planned"),
+        },
     ),
 )
 """Every feature of a run that could release something besides the versions, or change what one client may do to them."""

@@ -44,6 +44,7 @@ _LEAST_NOISE: Final = 0.01
 _DIGITS: Final = 12
 _RELATIVE: Final = 1e-4
 MAX_ROUNDS: Final = 1_000_000
+_LARGEST_EXPONENT: Final = 700.0
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,14 @@ class Epsilon:
         return "privacy loss distributions (dp-accounting)"
 
 
-def epsilon(spends: Sequence[Spend], delta: float, failure: float = 0.0) -> Epsilon:
+def epsilon(spends: Sequence[Spend], delta: float, failure: float = 0.0, distance: float = 0.0) -> Epsilon:
     """Epsilon of everything in `spends` together, at `delta`.
 
     `failure` is the part of delta that is already gone: the probability with which what was released is not what the mechanisms
     declare. What is left goes to the accountant. No spends cost 0; no noise costs infinity.
+
+    `distance` is the total variation distance between what was released and what the mechanisms declare, as that of drawn noise to
+    the ideal. Both neighbours' outputs are off by it, so it takes (1 + e^epsilon) times as much of delta.
 
     Raises ConfigError where delta is not between 0 and 1, failure takes all of it, or the spends protect different units or
     different relations."""
@@ -92,8 +96,8 @@ def epsilon(spends: Sequence[Spend], delta: float, failure: float = 0.0) -> Epsi
         return Epsilon(0.0, 0.0)
     if _is_bare(noises):
         return Epsilon(math.inf if _has_pld(noises) else None, math.inf)
-    pld = _pld_epsilon(noises, left, INTERVAL) if _has_pld(noises) else None
-    return Epsilon(pld, _rdp_epsilon(noises, left))
+    pld = _at_distance(lambda d: _pld_epsilon(noises, d, INTERVAL), left, distance) if _has_pld(noises) else None
+    return Epsilon(pld, _at_distance(lambda d: _rdp_epsilon(noises, d), left, distance))
 
 
 def delta_of(spends: Sequence[Spend], epsilon: float, failure: float = 0.0) -> float:
@@ -112,7 +116,7 @@ def delta_of(spends: Sequence[Spend], epsilon: float, failure: float = 0.0) -> f
 
 
 def epsilon_without_sampling(
-    spends: Sequence[Spend], max_participations: int, delta: float, failure: float = 0.0
+    spends: Sequence[Spend], max_participations: int, delta: float, failure: float = 0.0, distance: float = 0.0
 ) -> Epsilon:
     """Epsilon towards somebody who sees the cohorts: nothing is amplified, and one unit contributes at most so many times.
 
@@ -133,7 +137,7 @@ def epsilon_without_sampling(
         kept.append(Spend(spend.mechanism, min(spend.count, left)))
         left -= kept[-1].count
     _noises(spends)  # what cannot be composed is refused, whatever the participations
-    return epsilon([*whole, *kept], delta, failure)
+    return epsilon([*whole, *kept], delta, failure, distance)
 
 
 def likely_participations(num_rounds: int, rate: float, failure: float) -> int:
@@ -275,7 +279,7 @@ def rounded_up(value: float, digits: int) -> float:
     return float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(value)))
 
 
-def claim(spends: Sequence[Spend], found: Epsilon, delta: float, failure: float = 0.0) -> str:
+def claim(spends: Sequence[Spend], found: Epsilon, delta: float, distance: float = 0.0) -> str:
     """The guarantee in words that a data-protection officer can quote and a reviewer can check: figures, unit, relation,
     sensitivity, sampling, accountant and assumptions; epsilon rounded up to four digits.
 
@@ -287,7 +291,10 @@ def claim(spends: Sequence[Spend], found: Epsilon, delta: float, failure: float 
     events = f"{total:,} release" + ("s" if total != 1 else "")
     if math.isinf(found.reported):
         return f"No differential privacy: {events} with no noise, or hardly any. {mechanisms[0].sentence()}"
-    lost = f", of which {failure:.2g} for noise that is not quite Gaussian" if failure else ""
+    lost = ""
+    if distance:
+        part = (1 + math.exp(min(found.reported, _LARGEST_EXPONENT))) * distance
+        lost = f", {part:.2g} of delta being for noise that is not quite Gaussian"
     beside = "" if found.pld is None else f"; {rounded_up(found.rdp, 4):g} by Renyi differential privacy"
     described = " And: ".join(mechanism.sentence() for mechanism in mechanisms[:3])
     more = f" And {len(mechanisms) - 3:,} more of the kind." if len(mechanisms) > 3 else ""
@@ -340,6 +347,21 @@ def _left(delta: float, failure: float) -> float:
             f"a failure probability of {failure:.3g} leaves nothing of delta {delta:g}: give a larger delta, or spend fewer rounds"
         )
     return delta - failure
+
+
+def _at_distance(epsilon_at: Callable[[float], float], delta: float, distance: float) -> float:
+    """The least epsilon with epsilon_at(delta - (1 + e^epsilon) distance) <= epsilon, a millionth above it at most; infinite where
+    the distance leaves nothing of delta."""
+    found = epsilon_at(delta)
+    while distance > 0 and found < _LARGEST_EXPONENT:
+        left = delta - (1 + math.exp(found)) * distance
+        if left <= 0:
+            break
+        again = epsilon_at(left)
+        if again <= found:
+            return found
+        found = again * (1 + 1e-6)
+    return found if distance == 0 else math.inf
 
 
 def _check_budget(epsilon: float) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp
 from pathlib import Path
 from typing import Self
@@ -58,15 +58,30 @@ def released_specs(specs: Sequence[TensorSpec], rules: Mapping[str, MergeRule]) 
 @dataclass(frozen=True)
 class PrivateNoise:
     """The Gaussian noise on a round's sum: its standard deviation, and that of the noise on the sum of bits by which an adaptive
-    clipping norm is found, 0 where it is fixed."""
+    clipping norm is found, 0 where it is fixed.
+
+    Where noise is correlated between rounds, `drawn_again` is what earlier rounds drew and this one takes a part of: (key of a
+    stream, weight), and `key` that of the round's own stream. Weights that are not whole need a grid that is finer by `finer_bits`,
+    for their sum is rounded to it."""
 
     std: float
     bit_std: float = 0.0
+    finer_bits: int = 0
+    key: bytes | None = field(default=None, repr=False)
+    drawn_again: Sequence[tuple[bytes, float]] = field(default=(), repr=False)
 
     @property
     def exponent(self) -> int:
         """Sums are whole multiples of 2^exponent."""
-        return step_exponent(self.std)
+        return step_exponent(self.std) - self.finer_bits
+
+    def gaussian(self) -> GridGaussian:
+        """The noise on sums, in steps."""
+        return GridGaussian(self.std * 2.0**-self.exponent)
+
+    def bit_gaussian(self) -> GridGaussian:
+        """The noise on the sum of bits, in steps."""
+        return GridGaussian(self.bit_std * 2.0**-self.bit_exponent)
 
     @property
     def bit_exponent(self) -> int:
@@ -75,12 +90,8 @@ class PrivateNoise:
 
     def failure(self, num_reals: int) -> float:
         """Probability, at most, that what is drawn for so many coordinates is not Gaussian noise rounded to the grid."""
-        failure = _gaussian(self.std).failure(num_reals)
-        return failure + _gaussian(self.bit_std).failure(1) if self.bit_std else failure
-
-
-def _gaussian(std: float) -> GridGaussian:
-    return GridGaussian(std * 2.0 ** -step_exponent(std))
+        failure = self.gaussian().failure(num_reals)
+        return failure + self.bit_gaussian().failure(1) if self.bit_std else failure
 
 
 class PrivateSum:
@@ -174,11 +185,15 @@ class PrivateSum:
         if self._is_drawn:
             return
         self._is_drawn = True
-        stream, gaussian = NoiseStream(), _gaussian(self._noise.std)
+        noise, gaussian = self._noise, self._noise.gaussian()
+        stream = NoiseStream(noise.key)
+        again = [(NoiseStream(key), weight) for key, weight in noise.drawn_again]
         for total in self._sums.values():
             gaussian.add_to(total.steps, stream)
-        if self._noise.bit_std:
-            self._bits += int(_gaussian(self._noise.bit_std).draw(1, stream)[0])
+            if again:
+                _add_parts(total.steps, gaussian, again)
+        if noise.bit_std:
+            self._bits += int(noise.bit_gaussian().draw(1, stream)[0])
         failpoint("noise-drawn")
 
     def release(self, path: Path) -> None:
@@ -198,6 +213,18 @@ class PrivateSum:
                 for first in range(0, spec.num_elements, TILE):
                     writer.write_tile(spec.name, first, self._sums[spec.name].steps[first : first + TILE])
             writer.finish()
+
+
+def _add_parts(steps: Tensor, gaussian: GridGaussian, again: Sequence[tuple[NoiseStream, float]]) -> None:
+    """Adds the weighted sum of what the streams draw, rounded to whole steps once. Memory: two tiles."""
+    for start in range(0, len(steps), TILE):
+        tile = steps[start : start + TILE]
+        parts = torch.zeros_like(tile)
+        for stream, weight in again:
+            drawn = torch.zeros_like(tile)
+            gaussian.add_to(drawn, stream)
+            parts += drawn * weight
+        tile += parts.round_()
 
 
 class ReleasedSum:

@@ -37,9 +37,9 @@ def charge(
     most_participations: int,
     now: float,
 ) -> LedgerRecord:
-    """The record of one more round. `charged` is all that the population was charged before; `failure` the probability that the
-    round's noise is not what the mechanism says; `most_participations` how often any one client was drawn in the run, this round
-    included. Takes as long as the accountant does."""
+    """The record of one more round. `charged` is all that the population was charged before; `failure` how far at most the round's
+    noise is from what the mechanism says (total variation distance); `most_participations` how often any one client was drawn in
+    the run, this round included. Takes as long as the accountant does."""
     record = LedgerRecord(
         run_id=run_id,
         round=round,
@@ -55,12 +55,12 @@ def charge(
     )
     everything = [*charged, record]
     mine = [each for each in everything if each.run_id == run_id]
-    failures = sum(each.failure for each in mine)
-    of_run = epsilon(spends_of(mine), delta, failures)
+    distance = sum(each.failure for each in mine)
+    of_run = epsilon(spends_of(mine), delta, distance=distance)
     of_population = of_run
     if len(mine) != len(everything):
-        of_population = epsilon(spends_of(everything), delta, sum(each.failure for each in everything))
-    of_cohort = epsilon_without_sampling(spends_of(mine), most_participations, delta, failures)
+        of_population = epsilon(spends_of(everything), delta, distance=sum(each.failure for each in everything))
+    of_cohort = epsilon_without_sampling(spends_of(mine), most_participations, delta, distance=distance)
     return replace(
         record,
         epsilon=of_run.reported,
@@ -70,17 +70,14 @@ def charge(
     )
 
 
-def claims(charged: Sequence[LedgerRecord]) -> dict[int, str]:
-    """What a run had spent with each of its rounds, in words. `charged` are the run's records, the first round first."""
-    return {
-        record.round: claim(
-            spends_of(charged[: index + 1]),
-            Epsilon(record.epsilon, record.epsilon_rdp),
-            record.delta,
-            sum(each.failure for each in charged[: index + 1]),
-        )
-        for index, record in enumerate(charged)
-    }
+def claim_after(charged: Sequence[LedgerRecord], round: int) -> str:
+    """What a run had spent when a round was over, in words. `charged` are the run's records, the first round first."""
+    until = [record for record in charged if record.round <= round]
+    if not until:
+        return NOTHING_RELEASED
+    last = until[-1]
+    spent = Epsilon(last.epsilon, last.epsilon_rdp)
+    return claim(spends_of(until), spent, last.delta, sum(record.failure for record in until))
 
 
 NOTHING_RELEASED: Final = claim([], Epsilon(0.0, 0.0), 0.5)
@@ -105,8 +102,8 @@ def outlook(
 ) -> Outlook:
     """Where a run stands that was charged `charged`, with `num_left` rounds like `mechanism` to go. Takes as long as the accountant
     does."""
-    failures = sum(each.failure for each in charged)
-    whole = epsilon([*spends_of(charged), Spend(mechanism, num_left)], delta, failures).reported
+    distance = sum(each.failure for each in charged)
+    whole = epsilon([*spends_of(charged), Spend(mechanism, num_left)], delta, distance=distance).reported
     if max_epsilon is None:
         return Outlook(whole, num_left)
     return Outlook(whole, affordable_rounds(spends_of(of_population), mechanism, num_left, delta, max_epsilon))

@@ -33,12 +33,13 @@ from fed_server.config import (
     ScaffoldConfig,
     parse_run_config,
 )
-from fed_server.config_privacy import CentralPrivacyConfig
+from fed_server.config_privacy import CentralPrivacyConfig, IndependentConfig
 from fed_server.optim.state import state_specs
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.buffered import staleness_notice
 from fed_server.rounds.buffered_run import BufferedRun
 from fed_server.rounds.cohort import Candidates, Selection, broadcast_seed, select, some, within_population
+from fed_server.rounds.correlated_run import CorrelatedRun
 from fed_server.rounds.downlink import first_error, first_lattice_for
 from fed_server.rounds.membership import Presence
 from fed_server.rounds.policy import importance_policy, population, run_grid_policy, server_optimizer
@@ -458,7 +459,7 @@ class Coordinator:
         elif isinstance(config.privacy, CentralPrivacyConfig):
             named = config.privacy.population
             charged = await workers.store(lambda tx: tx.charges_of_population(named))
-            notices = await workers.compute(privacy_notices, config, config.privacy, charged)
+            notices = await workers.compute(privacy_notices, config, config.privacy, charged, record.num_parameters)
         else:
             notices = [
                 f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
@@ -652,6 +653,7 @@ class Coordinator:
             live_masters: set[tuple[str, int]] = set()
             live_payloads: set[str] = set()
             live_released: set[tuple[str, int]] = set()
+            live_keys: set[str] = set()
 
             def read(tx: Transaction) -> tuple[set[str], set[str]]:
                 updates: set[str] = set()
@@ -662,6 +664,7 @@ class Coordinator:
                             live_models.add((record.run_id, model.version))
                     if record.state is not RunState.ACTIVE:
                         continue
+                    live_keys.add(record.run_id)
                     live_masters.add((record.run_id, record.model_version))
                     live_payloads.update(b.digest for b in tx.broadcasts(record.run_id) if b.is_available)
                     first = record.round + 1
@@ -680,7 +683,15 @@ class Coordinator:
 
             updates, uploads = await self._facilities.workers.store(read)
             deleted = await self._facilities.workers.disk(
-                files.sweep, updates, uploads, live_payloads, live_models, live_masters, live_released, listed
+                files.sweep,
+                updates,
+                uploads,
+                live_payloads,
+                live_models,
+                live_masters,
+                live_released,
+                live_keys,
+                listed,
             )
             if deleted:
                 logger.debug("files deleted", extra={"count": len(deleted)})
@@ -688,7 +699,7 @@ class Coordinator:
 
 def _kind_of(config: RunConfig) -> type[LiveRun]:
     if isinstance(config.privacy, CentralPrivacyConfig):
-        return PrivateRun
+        return PrivateRun if isinstance(config.privacy.correlation, IndependentConfig) else CorrelatedRun
     return BufferedRun if isinstance(config.rounds, BufferedConfig) else LiveRun
 
 

@@ -25,6 +25,7 @@ from fed_server.config import (
     ScaffoldConfig,
     VariateConfig,
 )
+from fed_server.config_privacy import ExamplePrivacyConfig, LocalPrivacyConfig
 from fed_server.optim.base import ServerOptimizer
 from fed_server.optim.dynamic import Dynamic
 from fed_server.optim.registry import make_optimizer
@@ -59,6 +60,9 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plat
         num_threads=training.num_threads,
         objective=_objective(training.objective),
         measures=_measures(config) if is_training else (),
+        privacy=config.privacy.plan()
+        if isinstance(config.privacy, LocalPrivacyConfig | ExamplePrivacyConfig)
+        else None,
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from fed_core.failpoints import failpoint
 from fed_core.privacy.accounting import Spend, check_delta, epsilon, epsilon_without_sampling
-from fed_core.privacy.mechanism import Mechanism, central_adaptive, central_poisson, default_bit_sigma
+from fed_core.privacy.mechanism import Mechanism
 from fed_core.specs import TensorSpec
 from fed_server.aggregation.base import Aggregator
 from fed_server.aggregation.merge_rules import merge_rules
@@ -38,7 +38,8 @@ from fed_server.aggregation.private import (
 )
 from fed_server.config import RunConfig
 from fed_server.config_privacy import CentralPrivacyConfig, FixedClippingConfig
-from fed_server.privacy.ledger import Outlook, affordable_rounds, charge, claims, outlook, spends_of
+from fed_server.privacy.ledger import Outlook, affordable_rounds, charge, claim_after, outlook, spends_of
+from fed_server.privacy.mechanisms import first_norm, mechanism_of, pays_for_run
 from fed_server.rounds.cohort import Turns
 from fed_server.rounds.decide import Decision, decide_private
 from fed_server.rounds.policy import learning_rate
@@ -152,23 +153,28 @@ class PrivateRun(LiveRun):
             return 0.5
         if self._roster is None and not await self._freeze():
             return 0.5
-        drawn = {unit for unit in self._members if falls(self._privacy.sampling_rate)}
         assert self._roster is not None
+        drawn = self._draw_units(number)
         cohort = [name for name, unit in sorted(self._roster.units.items()) if unit in drawn]
         async with self._surroundings.ledger_lock:
-            entry = await self._facilities.workers.compute(self._charge, await self._charged(), number, cohort)
+            charged = await self._charged()
+            entry = await self._facilities.workers.compute(self._charge, charged, number, cohort)
             limit = self._privacy.max_epsilon
-            if limit is not None and entry.population_epsilon > limit:
+            if entry is not None and limit is not None and entry.population_epsilon > limit:
                 await self._end_with_budget(entry, limit)
                 return 0
             await self._tick()
             return await self._open_charged(number, base, cohort, entry)
 
+    def _draw_units(self, number: int) -> set[str]:
+        """Who is asked: each unit by a coin of its own, whether it is there or not."""
+        return {unit for unit in self._members if falls(self._privacy.sampling_rate)}
+
     async def _charged(self) -> list[LedgerRecord]:
         return await self._facilities.workers.store(lambda tx: tx.charges_of_population(self._privacy.population))
 
-    def _charge(self, charged: Sequence[LedgerRecord], number: int, cohort: Iterable[str]) -> LedgerRecord:
-        """What a round costs; takes as long as the accountant does."""
+    def _charge(self, charged: Sequence[LedgerRecord], number: int, cohort: Iterable[str]) -> LedgerRecord | None:
+        """What a round costs, None where it is paid for; takes as long as the accountant does."""
         mechanism = self._mechanism(self._next_norm)
         asked = Counter({name: turns.num_times for name, turns in self.turns.items()}) + Counter(cohort)
         return charge(
@@ -178,14 +184,15 @@ class PrivateRun(LiveRun):
             round=number,
             population=self._privacy.population,
             delta=self._privacy.delta,
-            failure=noise_of(mechanism).failure(self._num_reals),
+            failure=self._noise(number, self._next_norm).failure(self._num_reals),
             most_participations=max(asked.values(), default=0),
             now=self._facilities.clock.now(),
         )
 
-    async def _open_charged(self, number: int, base: ModelRecord, cohort: list[str], entry: LedgerRecord) -> float:
-        now, size = self._facilities.clock.now(), self.config.cohort.size
-        reason = f"drawn by coins at {self._privacy.sampling_rate:g} from a roster of {size}"
+    async def _open_charged(
+        self, number: int, base: ModelRecord, cohort: list[str], entry: LedgerRecord | None
+    ) -> float:
+        now, reason = self._facilities.clock.now(), self._how_drawn
         opened = RoundRecord(
             run_id=self.run_id,
             round=number,
@@ -202,12 +209,12 @@ class PrivateRun(LiveRun):
         ]
         async with self._moving:
             record = replace(self.record, round=number, reason=reason)
-            if not await self._write(record, opened, assignments, charges=[entry]):
+            if not await self._write(record, opened, assignments, charges=[entry] if entry else []):
                 return 0
             failpoint("ledger-charged")
             self.assignments = {a.assignment_id: a for a in assignments}
             self._note_selected(assignments)
-            self._charges.append(entry)
+            self._charges += [entry] if entry else []
             self._waited_seconds = 0.0
             self._begin_folding()
         logger.info(
@@ -217,7 +224,7 @@ class PrivateRun(LiveRun):
                 "round": number,
                 "learning_rate": learning_rate(self.config, number, self._plateau),
                 "clipping_norm": opened.clipping_norm,
-                "epsilon": entry.epsilon,
+                "epsilon": self._charges[-1].epsilon,
             },
         )
         self._surroundings.assignments_changed(assignments)
@@ -289,10 +296,19 @@ class PrivateRun(LiveRun):
             for a in self.assignments.values()
             if a.kind is AssignmentKind.TRAIN
         }
-        return PrivateSum(self._released_specs, noise_of(self._mechanism(norm)), norms, norm, self._sum_memory)
+        noise = self._noise(self.round.round, norm)
+        return PrivateSum(self._released_specs, noise, norms, norm, self._sum_memory)
+
+    @property
+    def _how_drawn(self) -> str:
+        return f"drawn by coins at {self._privacy.sampling_rate:g} from a roster of {self.config.cohort.size}"
+
+    def _noise(self, number: int, norm: float) -> PrivateNoise:
+        """What goes on the sum of a round."""
+        return noise_of(self._mechanism(norm))
 
     def _mechanism(self, norm: float) -> Mechanism:
-        return mechanism_of(self._privacy, norm, len(self._members))
+        return mechanism_of(self.config, self._privacy, norm, len(self._members), self._num_reals)
 
     @property
     def _released_specs(self) -> list[TensorSpec]:
@@ -315,7 +331,7 @@ class PrivateRun(LiveRun):
 
     @property
     def _version_notes(self) -> Mapping[str, str]:
-        return {"privacy": claims(self._charges)[self._charges[-1].round]}
+        return {"privacy": claim_after(self._charges, self._charges[-1].round)}
 
     def _round_outcome(self) -> dict[str, Any]:
         return {"next_clipping_norm": self._next_norm}
@@ -331,21 +347,6 @@ def falls(rate: float) -> bool:
     return secrets.randbits(_COIN_BITS) < int(rate * 2**_COIN_BITS)
 
 
-def first_norm(privacy: CentralPrivacyConfig) -> float:
-    """What the updates of the first round are cut to."""
-    clipping = privacy.clipping
-    return clipping.norm if isinstance(clipping, FixedClippingConfig) else clipping.initial_norm
-
-
-def mechanism_of(privacy: CentralPrivacyConfig, norm: float, num_units: int) -> Mechanism:
-    """What a round declares whose updates are cut to `norm`. Raises ConfigError where an adaptive bound leaves nothing of the
-    noise."""
-    if isinstance(privacy.clipping, FixedClippingConfig):
-        return central_poisson(norm, privacy.noise_multiplier, privacy.sampling_rate)
-    bit_sigma = default_bit_sigma(privacy.noise_multiplier, privacy.sampling_rate, num_units)
-    return central_adaptive(norm, privacy.noise_multiplier, bit_sigma, privacy.sampling_rate)
-
-
 def noise_of(mechanism: Mechanism) -> PrivateNoise:
     """What is drawn for it."""
     return PrivateNoise(mechanism.update_sigma, mechanism.bit_sigma or 0.0)
@@ -357,22 +358,36 @@ def project(
     charged: Sequence[LedgerRecord],
     of_population: Sequence[LedgerRecord],
     num_left: int,
+    num_parameters: int,
 ) -> Outlook:
     """Where a run stands that has so many rounds to go; every bound of an adaptive norm costs the same."""
-    mechanism = mechanism_of(privacy, first_norm(privacy), privacy.fewest_units(config.cohort.size))
+    mechanism = _first_mechanism(config, privacy, num_parameters)
+    if pays_for_run(privacy):
+        num_left = 0 if charged else min(num_left, 1)
     return outlook(charged, of_population, mechanism, num_left, privacy.delta, privacy.max_epsilon)
 
 
-def privacy_notices(config: RunConfig, privacy: CentralPrivacyConfig, charged: Sequence[LedgerRecord]) -> list[str]:
+def _first_mechanism(config: RunConfig, privacy: CentralPrivacyConfig, num_parameters: int) -> Mechanism:
+    num_units = privacy.fewest_units(config.cohort.size)
+    return mechanism_of(config, privacy, first_norm(privacy), num_units, num_parameters)
+
+
+def privacy_notices(
+    config: RunConfig, privacy: CentralPrivacyConfig, charged: Sequence[LedgerRecord], num_parameters: int
+) -> list[str]:
     """What to tell whoever submits a run: what it will have cost, and for whom that holds. Takes as long as the accountant does."""
-    num_units, num_rounds = privacy.fewest_units(config.cohort.size), config.schedule.max_rounds
-    mechanism = mechanism_of(privacy, first_norm(privacy), num_units)
-    run = Spend(mechanism, num_rounds)
+    num_rounds = config.schedule.max_rounds
+    num_events = 1 if pays_for_run(privacy) else num_rounds
+    mechanism = _first_mechanism(config, privacy, num_parameters)
+    run = Spend(mechanism, num_events)
     whole = epsilon([run], privacy.delta).reported
-    seen = epsilon_without_sampling([run], num_rounds, privacy.delta).reported
+    seen = epsilon_without_sampling([run], num_events, privacy.delta).reported
+    whom = f"whoever sees released models only, and to at most {seen:.4g} for whoever sees the cohorts as well"
+    if seen == whole:
+        whom = "whoever sees the released models, and the cohorts as well"
     notices = [
-        f"differential privacy for whole clients: all {num_rounds} rounds come to epsilon {whole:.4g} at delta "
-        f"{privacy.delta:g} for whoever sees released models only, and to at most {seen:.4g} for whoever sees the cohorts as well"
+        f"differential privacy for whole clients: all {num_rounds} rounds come to epsilon {whole:.4g} at delta {privacy.delta:g} "
+        f"for {whom}"
     ]
     if charged:
         before = spends_of(charged)
@@ -382,12 +397,14 @@ def privacy_notices(config: RunConfig, privacy: CentralPrivacyConfig, charged: S
             f"run {total:.4g}"
         )
     if privacy.max_epsilon is not None:
-        affordable = affordable_rounds(spends_of(charged), mechanism, num_rounds, privacy.delta, privacy.max_epsilon)
-        if affordable < num_rounds:
-            notices.append(
-                f"privacy.max_epsilon = {privacy.max_epsilon:g} pays for {affordable} of {num_rounds} rounds: the run will end "
-                "there"
+        affordable = affordable_rounds(spends_of(charged), mechanism, num_events, privacy.delta, privacy.max_epsilon)
+        if affordable < num_events:
+            rounds = (
+                f"{affordable} of {num_rounds} rounds"
+                if num_events > 1
+                else "none of the rounds, which are paid for at once"
             )
-    if warning := check_delta(privacy.delta, num_units):
+            notices.append(f"privacy.max_epsilon = {privacy.max_epsilon:g} pays for {rounds}: the run will end there")
+    if warning := check_delta(privacy.delta, privacy.fewest_units(config.cohort.size)):
         notices.append(f"privacy.delta: {warning}")
     return notices

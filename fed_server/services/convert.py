@@ -113,7 +113,7 @@ def charge_to_proto(charge: LedgerRecord, is_released: bool) -> runs_pb2.Privacy
         epsilon_of_cohort=charge.epsilon_of_cohort,
         population_epsilon=charge.population_epsilon,
         failure=charge.failure,
-        clipping_norm=mechanism.sensitivity,
+        sensitivity=mechanism.sensitivity,
         sigma=mechanism.update_sigma,
         is_released=is_released,
     )

@@ -13,7 +13,7 @@ from fed_core.payload.frames import CHUNK_BYTES
 from fed_core.payload.verify import SegmentVerifier
 from fed_server.config import MAX_CONFIG_BYTES, parse_run_config
 from fed_server.config_privacy import CentralPrivacyConfig
-from fed_server.privacy.ledger import NOTHING_RELEASED, claims
+from fed_server.privacy.ledger import claim_after
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.membership import Membership, Progress
 from fed_server.rounds.private_run import project
@@ -192,9 +192,11 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         charged, of_population, roster, models = await self._workers.store(read)
         released = {model.round for model in models}
         num_left = config.schedule.max_rounds - record.round if record.state is RunState.ACTIVE else 0
-        outlook = await self._workers.compute(project, config, privacy, charged, of_population, num_left)
+        outlook = await self._workers.compute(
+            project, config, privacy, charged, of_population, num_left, record.num_parameters
+        )
         return runs_pb2.GetPrivacyResponse(
-            claim=claims(charged)[charged[-1].round] if charged else NOTHING_RELEASED,
+            claim=claim_after(charged, record.round),
             population=named,
             num_units=len(set(roster.units.values())) if roster is not None else 0,
             delta=privacy.delta,
@@ -210,9 +212,13 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             lambda tx: (tx.models(run_id), tx.broadcasts(run_id), tx.charges(run_id))
         )
         deltas = {b.version: b.num_bytes for b in broadcasts if b.base_version == b.version - 1 >= 0}
-        spent = claims(charged)
         return [
-            model_to_proto(model, record.best_version, deltas.get(model.version, 0), spent.get(model.round, ""))
+            model_to_proto(
+                model,
+                record.best_version,
+                deltas.get(model.version, 0),
+                claim_after(charged, model.round) if charged and model.round else "",
+            )
             for model in models
         ]
 

@@ -253,7 +253,7 @@ class LedgerRecord:
     # The mechanism as JSON (`fed_core.privacy.mechanism`).
     mechanism: str
     delta: float
-    # Probability that the drawn noise is not what the mechanism says; part of delta.
+    # Total variation distance, at most, between the drawn noise and what the mechanism says; it takes its part of delta.
     failure: float
     # Spent at delta by the run up to and with this round: by privacy loss distributions, and by Rényi divergences beside it.
     epsilon: float

@@ -10,6 +10,8 @@
     masters/<run_id>/<version>.safetensors    what the version would be had nothing been left out of its delta
     masters/<run_id>/<version>.optimizer.safetensors     what the server optimizer keeps of the rounds up to it
     masters/<run_id>/<version>.variate.safetensors     the common variate that goes with the version, where there is one
+    masters/<run_id>/<round>.released.safetensors     the noisy sum of a private round, until its version is committed
+    secrets/<run_id>.key                 what a private run draws earlier noise again with; never back this folder up
     payloads/<digest>.payload            what is broadcast: versions, deltas, variates
     .../.<name>.<token>.tmp              being written; the next daemon deletes it
 
@@ -34,7 +36,7 @@ from fed_core.errors import ConfigError, ConflictError, DiskFullError, InvalidEr
 
 FORMAT: Final = "fedstream-data 2"
 
-_FOLDERS = ("uploads", "updates", "models", "masters", "payloads")
+_FOLDERS = ("uploads", "updates", "models", "masters", "payloads", "secrets")
 # What an empty directory may hold: a fresh filesystem's own folder, and what a daemon left that died while it made the directory.
 _NOT_CONTENT = {"lost+found", "lock", "format.tmp", *_FOLDERS}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -117,6 +119,11 @@ class DataDirectory:
         """Where the common variate that goes with a version lies, as long as the optimizer's state."""
         return self.root / "masters" / _checked(run_id) / f"{version}.variate.safetensors"
 
+    def noise_key_path(self, run_id: str) -> Path:
+        """Where a run that must draw earlier noise again keeps the key to it. Whoever has it can take the noise off: it is of
+        no use once the run is over, and belongs in no backup."""
+        return self.root / "secrets" / f"{_checked(run_id)}.key"
+
     def released_path(self, run_id: str, round: int) -> Path:
         """Where the noisy sum of a private round lies, from the moment that no noise may be drawn for it any more until its version
         is committed."""
@@ -184,6 +191,7 @@ class DataDirectory:
             "payloads/*.payload",
             "models/*/*.safetensors",
             "masters/*/*.safetensors",
+            "secrets/*.key",
         )
         return [path for pattern in patterns for path in self.root.glob(pattern)]
 
@@ -195,6 +203,7 @@ class DataDirectory:
         live_models: Collection[tuple[str, int]],
         live_masters: Collection[tuple[str, int]],
         live_released: Collection[tuple[str, int]] = (),
+        live_keys: Collection[str] = (),
         listed: Iterable[Path] | None = None,
     ) -> list[Path]:
         """Deletes what nobody needs, by name, and what a dead daemon left unfinished; returns what it deleted. Files that are no
@@ -211,6 +220,7 @@ class DataDirectory:
         of_masters = (self.master_path, self.optimizer_path, self.variate_path)
         live |= {path(*master) for master in live_masters for path in of_masters}
         live |= {self.released_path(*round) for round in live_released}
+        live |= {self.noise_key_path(run_id) for run_id in live_keys}
         orphans = [path for path in (self.listing() if listed is None else listed) if path not in live]
         unfinished = (path for folder in _FOLDERS for path in (self.root / folder).rglob(".*.tmp"))
         orphans += [path for path in unfinished if not path.name.endswith(self._temporary_suffix)]

@@ -264,6 +264,21 @@ def test_rdp_is_that_of_the_accountant_itself() -> None:
 
 
 @pytest.mark.usefixtures("coarse")
+def test_a_distance_takes_more_of_delta_the_larger_epsilon_is() -> None:
+    """What holds for the ideal at epsilon and delta holds for what is off by so much at delta + (1 + e^epsilon) distance."""
+    spends = [Spend(central_poisson(1.0, 4.0, 1.0), 4)]
+    ideal = epsilon(spends, 1e-5)
+    for distance in (1e-12, 1e-9, 1e-7):
+        found = epsilon(spends, 1e-5, distance=distance)
+        for off, exact in ((found.pld, ideal.pld), (found.rdp, ideal.rdp)):
+            assert off is not None
+            assert exact is not None
+            assert off > exact
+        assert delta_of(spends, found.reported) + (1 + math.exp(found.reported)) * distance <= 1e-5
+        assert delta_of(spends, found.reported * 0.999) + (1 + math.exp(found.reported * 0.999)) * distance > 1e-5
+    assert epsilon(spends, 1e-5, distance=4e-6).reported == math.inf
+
+
 def test_failure_is_taken_from_delta() -> None:
     spends = rounds(1.0, 0.1, 10)
     assert epsilon(spends, 1e-5, 4e-6) == epsilon(spends, 1e-5 - 4e-6)
@@ -625,8 +640,8 @@ def test_the_default_noise_on_bits_hardly_costs_the_updates_anything() -> None:
 @pytest.mark.parametrize("mechanism", ALL)
 def test_a_claim_says_what_a_reviewer_asks_for(mechanism: Mechanism) -> None:
     spends = [Spend(mechanism, 1)]
-    found = epsilon(spends, 1e-5, 1e-9)
-    text = claim(spends, found, 1e-5, 1e-9)
+    found = epsilon(spends, 1e-5, distance=1e-12)
+    text = claim(spends, found, 1e-5, 1e-12)
     quoted = re.match(r"\(([0-9.]+), 1e-05\)-differential privacy", text)
     assert quoted is not None
     assert found.reported <= float(quoted[1]) <= found.reported * 1.001
@@ -637,7 +652,7 @@ def test_a_claim_says_what_a_reviewer_asks_for(mechanism: Mechanism) -> None:
     assert {Poisson: "Poisson", FixedSize: "without replacement", Everyone: "No amplification"}[
         type(mechanism.sampling)
     ] in text
-    assert "1e-09" in text
+    assert f"{(1 + math.exp(found.reported)) * 1e-12:.2g} of delta being for noise" in text
     assert "Assumed:" in text
 
 

@@ -250,7 +250,7 @@ def test_a_file_that_came_after_the_listing_stays(data: DataDirectory) -> None:
     old = write(data.upload_path("old"))
     listed = data.listing()
     new = write(data.upload_path("new"))
-    assert data.sweep((), (), (), (), (), listed) == [old]
+    assert data.sweep((), (), (), (), (), listed=listed) == [old]
     assert new.exists()
 
 

@@ -197,6 +197,12 @@ EVERY_OPTION += [
     'merge = [{ pattern = "b*", rule = "keep" }] }\n',
     f"{MINIMAL}[training.learning_rate_by_site]\nnorth = 0.05\n",
 ]
+EVERY_OPTION += [
+    f'{MINIMAL}evaluation.at = "coordinator"\naggregation = {{ kind = "mean", weighting = "uniform" }}\n'
+    f'[privacy]\nkind = "{kind}"\nclipping_norm = 0.5\nnoise_multiplier = 4.0\ndelta = 1e-5\nmax_epsilon = 8.0\n'
+    'population = "wards"\n'
+    for kind in ("local", "examples")
+]
 
 
 BUFFERED = 'aggregation.weighting = "uniform"\naggregation.kind = "mean"\nevaluation.at = "none"\n'

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.light_client import LightClient, constant, encode_update
 from fed_core.errors import ConfigError
-from fed_core.privacy.accounting import Spend, epsilon
+from fed_core.privacy.accounting import Spend, epsilon, rounded_up
 from fed_core.privacy.mechanism import central_poisson, default_bit_sigma
 from fed_core.safetensors_tiles import SafetensorsReader
 from fed_core.specs import BUFFER, TensorSpec
@@ -149,16 +149,16 @@ async def test_the_ledger_says_what_the_accountant_says(house: House) -> None:
         assert entry.epsilon_rdp >= entry.epsilon
         assert entry.population_epsilon == entry.epsilon
         assert 0 < entry.failure < 1e-12
-        assert (entry.clipping_norm, entry.sigma, entry.is_released) == (1.0, 2.0, True)
+        assert (entry.sensitivity, entry.sigma, entry.is_released) == (1.0, 2.0, True)
     report = await off_loop(house.operator.report)
     assert [_metric(round, "privacy.epsilon") for round in report.rounds] == [each.epsilon for each in spent.charges]
     last = spent.charges[-1].epsilon
-    assert spent.claim.startswith(f"({last:.4g}, 0.01)-differential privacy over 3 releases")
+    assert spent.claim.startswith(f"({rounded_up(last, 4):.4g}, 0.01)-differential privacy over 3 releases")
     assert "adding or removing one" in spent.claim
     assert "independent coin at 0.75" in spent.claim
     assert [model.privacy.split("-")[0] for model in report.models] == [
         "",
-        *(f"({e.epsilon:.4g}, 0.01)" for e in spent.charges),
+        *(f"({rounded_up(e.epsilon, 4):.4g}, 0.01)" for e in spent.charges),
     ]
     with SafetensorsReader(house.app.settings.data_dir / "models" / run.run_id / "3.safetensors") as reader:
         assert reader.metadata["privacy"] == spent.claim
@@ -196,8 +196,8 @@ async def test_what_is_released_of_nothing_has_the_noise_that_is_charged(house: 
         assert sigma == pytest.approx(charge.sigma, rel=0.03)
         # The bits cost their part: together they are worth the noise multiplier.
         bit_sigma = default_bit_sigma(noise, rate, 4)
-        joint = sigma if "fixed" in clipping else 1 / (sigma**-2 + (2 * bit_sigma * charge.clipping_norm) ** -2) ** 0.5
-        measured.append(joint / charge.clipping_norm)
+        joint = sigma if "fixed" in clipping else 1 / (sigma**-2 + (2 * bit_sigma * charge.sensitivity) ** -2) ** 0.5
+        measured.append(joint / charge.sensitivity)
     # Noise of different rounds has nothing in common.
     first, second = (versions[1] - versions[0]).double(), (versions[2] - versions[1]).double()
     assert abs(float(torch.dot(first, second) / first.norm() / second.norm())) < 5 / 20_000**0.5
@@ -331,15 +331,21 @@ async def test_a_model_with_running_statistics_is_refused_with_the_cure(house: H
         await off_loop(house.operator.submit, config(), model, "", specs)
 
 
+AT_SITES = {"clipping_norm": 1.0, "noise_multiplier": 4.0, "delta": 0.01}
+
+
+@pytest.mark.parametrize("mode", ["central", "local", "examples"])
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
-def test_every_feature_is_allowed_or_refused_as_the_table_says(feature: Any) -> None:
+def test_every_feature_is_allowed_or_refused_as_the_table_says(feature: Any, mode: Any) -> None:
     """The table is what decides: an example of each feature, in a private run and in a plain one."""
     document = tomllib.loads(config(size=50))
+    if mode != "central":
+        document["privacy"] = {"kind": mode, **AT_SITES}
     for name, table in tomllib.loads(feature.example).items():
         document[name] = {**document.get(name, {}), **table} if name in ("cohort", "schedule") else table
     plain = {name: table for name, table in document.items() if name != "privacy"}
     assert feature.is_used(_parsed(plain))
-    verdict = feature.verdicts["central"]
+    verdict = feature.verdicts[mode]
     if verdict.is_allowed:
         assert feature.is_used(_parsed(document))
     else:

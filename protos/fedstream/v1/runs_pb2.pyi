@@ -737,7 +737,7 @@ class PrivacyCharge(_message.Message):
     EPSILON_OF_COHORT_FIELD_NUMBER: _builtins.int
     POPULATION_EPSILON_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
-    CLIPPING_NORM_FIELD_NUMBER: _builtins.int
+    SENSITIVITY_FIELD_NUMBER: _builtins.int
     SIGMA_FIELD_NUMBER: _builtins.int
     IS_RELEASED_FIELD_NUMBER: _builtins.int
     round: _builtins.int
@@ -751,11 +751,11 @@ class PrivacyCharge(_message.Message):
     population_epsilon: _builtins.float
     """Spent by all runs of the population up to and with it."""
     failure: _builtins.float
-    """Probability that the noise of the round is not what was declared; part of delta."""
-    clipping_norm: _builtins.float
-    """What updates were cut to: the sensitivity of the sum."""
+    """Total variation distance, at most, between the noise of the round and what was declared; (1 + e^epsilon) times it is part of delta."""
+    sensitivity: _builtins.float
+    """L2 sensitivity of what the noise is on: what updates were cut to, and more where one event pays for a whole run."""
     sigma: _builtins.float
-    """Standard deviation of the noise on the sum of updates."""
+    """Standard deviation of the noise on the sum of updates, or of what a run's correlated noise is made of."""
     is_released: _builtins.bool
     """Whether the round was released: its version is committed."""
     def __init__(
@@ -767,13 +767,13 @@ class PrivacyCharge(_message.Message):
         epsilon_of_cohort: _builtins.float = ...,
         population_epsilon: _builtins.float = ...,
         failure: _builtins.float = ...,
-        clipping_norm: _builtins.float = ...,
+        sensitivity: _builtins.float = ...,
         sigma: _builtins.float = ...,
         is_released: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipping_norm", b"clipping_norm", "epsilon", b"epsilon", "epsilon_of_cohort", b"epsilon_of_cohort", "epsilon_rdp", b"epsilon_rdp", "failure", b"failure", "is_released", b"is_released", "population_epsilon", b"population_epsilon", "round", b"round", "sigma", b"sigma"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epsilon", b"epsilon", "epsilon_of_cohort", b"epsilon_of_cohort", "epsilon_rdp", b"epsilon_rdp", "failure", b"failure", "is_released", b"is_released", "population_epsilon", b"population_epsilon", "round", b"round", "sensitivity", b"sensitivity", "sigma", b"sigma"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
