@@ -175,6 +175,12 @@ class Coordinator:
         response: runs_pb2.ListModelsResponse = self._ask(self._stub.ListModels, runs_pb2.ListModelsRequest(run=run))
         return response
 
+    def get_privacy(self, run: str) -> runs_pb2.GetPrivacyResponse:
+        """What a private run has spent."""
+        request = runs_pb2.GetPrivacyRequest(run=run)
+        response: runs_pb2.GetPrivacyResponse = self._ask(self._stub.GetPrivacy, request)
+        return response
+
     def watch_run(self, run: str) -> Iterator[runs_pb2.WatchRunResponse]:
         """A run's state after every change. Ends when the run is finished, or when the coordinator drains."""
         return self._stream(self._stub.WatchRun, runs_pb2.WatchRunRequest(run=run))

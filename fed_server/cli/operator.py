@@ -316,6 +316,18 @@ def run_show(connection: Connection, run: Run, as_json: Json = False) -> None:
     _print(response, as_json, lambda: render.run_details(response, time.time(), _stdout().width))
 
 
+@privacy_app.command("show")
+@_connected
+def privacy_show(connection: Connection, run: Run, as_json: Json = False) -> None:
+    """Show what a private run has spent, round by round, and what is left of its budget."""
+    from fed_server.cli import privacy_render
+    from fed_server.cli.connection import Coordinator
+
+    with Coordinator(connection) as coordinator:
+        response = coordinator.get_privacy(run)
+    _print(response, as_json, lambda: privacy_render.account(response))
+
+
 @run_app.command("watch")
 @_connected
 def run_watch(connection: Connection, run: Run, as_json: Json = False) -> None:

@@ -15,10 +15,68 @@ from rich.text import Text
 from fed_core.privacy.accounting import Epsilon, rounded_up
 from fed_server.cli.codec_render import check_plot
 from fed_server.cli.privacy import Kind, Plan
+from fedstream.v1 import runs_pb2
 
-__all__ = ["as_json", "check_plot", "plan_table", "text_plot", "write_plot"]
+__all__ = ["account", "as_json", "check_plot", "plan_table", "text_plot", "write_plot"]
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 64, 12
+
+
+# Of a long account, the first and the last so many rounds.
+_MOST_CHARGES = 12
+
+
+def account(response: runs_pb2.GetPrivacyResponse) -> RenderableType:
+    """What a run was charged, a row a round, what is left, and the guarantee in words."""
+    units = f"{response.num_units:,} units on the roster" if response.num_units else "the roster is not frozen yet"
+    title = f"Population {response.population!r}: {units}, delta {response.delta:g}"
+    table = Table(
+        Column("round", justify="right"),
+        Column("epsilon", justify="right"),
+        Column("by Rényi", justify="right", style="dim"),
+        Column("cohorts seen", justify="right"),
+        Column("population", justify="right"),
+        Column("sensitivity", justify="right"),
+        Column("noise", justify="right"),
+        Column("released"),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    charges = list(response.charges)
+    half = _MOST_CHARGES // 2
+    shown = charges if len(charges) <= _MOST_CHARGES else [*charges[:half], None, *charges[-half:]]
+    for charge in shown:
+        if charge is None:
+            table.add_row(*["..."] * len(table.columns))
+            continue
+        table.add_row(
+            f"{charge.round:,}",
+            _figure(charge.epsilon),
+            _figure(charge.epsilon_rdp),
+            _figure(charge.epsilon_of_cohort),
+            _figure(charge.population_epsilon),
+            f"{charge.sensitivity:.4g}",
+            f"{charge.sigma:.4g}",
+            "yes" if charge.is_released else "no",
+        )
+    return Group(
+        Text(title, style="bold"), Text(), table, Text(), Text(_outlook(response)), Text(), Text(response.claim)
+    )
+
+
+def _outlook(response: runs_pb2.GetPrivacyResponse) -> str:
+    spent = response.charges[-1].epsilon if response.charges else 0.0
+    further = f"All rounds of the run come to epsilon {_figure(response.projected_epsilon)}."
+    if response.projected_epsilon <= spent:
+        further = "Nothing more will be charged."
+    if not response.max_epsilon:
+        return f"No budget. {further}"
+    population = response.charges[-1].population_epsilon if response.charges else 0.0
+    return (
+        f"Budget of the population: epsilon {response.max_epsilon:g}, of which {_figure(population)} is spent; it pays for "
+        f"{response.affordable_rounds:,} more rounds of this run. {further}"
+    )
 
 
 def plan_table(plan: Plan) -> RenderableType:

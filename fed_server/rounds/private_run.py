@@ -15,14 +15,17 @@ kept.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fed_core.errors import FedstreamError
 from fed_core.failpoints import failpoint
 from fed_core.privacy.accounting import Spend, check_delta, epsilon, epsilon_without_sampling
 from fed_core.privacy.mechanism import Mechanism
@@ -77,6 +80,7 @@ class PrivateRun(LiveRun):
         self._roster: RosterRecord | None = None
         self._charges: list[LedgerRecord] = []
         self._next_norm = first_norm(config.privacy)
+        self._ahead: asyncio.Task[None] | None = None
 
     # What others read
 
@@ -164,7 +168,15 @@ class PrivateRun(LiveRun):
                 await self._end_with_budget(entry, limit)
                 return 0
             await self._tick()
-            return await self._open_charged(number, base, cohort, entry)
+            timeout = await self._open_charged(number, base, cohort, entry)
+        if entry is not None:
+            self._ahead = asyncio.create_task(self._look_ahead([*charged, entry], number + 1))
+        return timeout
+
+    async def _look_ahead(self, charged: Sequence[LedgerRecord], number: int) -> None:
+        """Has the accountant at work on the next round while this one trains; it remembers what is the same."""
+        with suppress(FedstreamError):
+            await self._facilities.workers.compute(self._charge, charged, number, ())
 
     def _draw_units(self, number: int) -> set[str]:
         """Who is asked: each unit by a coin of its own, whether it is there or not."""

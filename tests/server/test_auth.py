@@ -62,6 +62,7 @@ OPERATOR_CALLS = [
     ("/fedstream.v1.Runs/GetRun", runs_pb2.GetRunRequest(run="test")),
     ("/fedstream.v1.Runs/GetReport", runs_pb2.GetReportRequest(run="test")),
     ("/fedstream.v1.Runs/ListModels", runs_pb2.ListModelsRequest(run="test")),
+    ("/fedstream.v1.Runs/GetPrivacy", runs_pb2.GetPrivacyRequest(run="test")),
     ("/fedstream.v1.Runs/CancelRun", runs_pb2.CancelRunRequest(run="test")),
     ("/fedstream.v1.Runs/CreateRun", runs_pb2.CreateRunRequest()),
     ("/fedstream.v1.Runs/WatchRun", runs_pb2.WatchRunRequest(run="test")),

@@ -256,6 +256,44 @@ async def test_lists_and_reports_tell_what_happened(house: House, fedctl: Fedctl
     assert re.search(r"^version +2 *$", (await fedctl("model", "best", "test")).out, re.MULTILINE)
 
 
+PRIVATE = """
+[aggregation]
+kind = "mean"
+weighting = "uniform"
+merge = [{ pattern = "1.*_*", rule = "keep" }]
+[privacy]
+kind = "central"
+sampling_rate = 1.0
+noise_multiplier = 2.0
+delta = 0.01
+max_epsilon = 9.0
+clipping = { kind = "fixed", norm = 1.0 }
+"""
+
+
+async def test_a_private_run_tells_what_it_has_spent(house: House, fedctl: Fedctl) -> None:
+    answer = await fedctl.submit(config(quorum=2, max_rounds=2, extra=PRIVATE))
+    assert answer.code == 0, answer.err
+    assert "differential privacy for whole clients: all 2 rounds come to epsilon" in answer.out + answer.err
+    before = (await fedctl("privacy", "show", "test")).out
+    assert "the roster is not frozen yet" in before
+    assert "Nothing that depends on the data has been released." in before
+    clients = [await off_loop(house.client, name) for name in ("oslo", "bergen")]
+    await asyncio.gather(*(off_loop(work, client, 2) for client in clients))
+    await off_loop(house.operator.wait)
+    shown = (await fedctl("privacy", "show", "test")).out
+    assert "Population 'default': 2 units on the roster, delta 0.01" in shown
+    assert re.search(r"^ *2 +1\.\d+ +1\.\d+ +1\.\d+ +1\.\d+ +1 +2 +yes", shown, re.MULTILINE), shown
+    assert "Budget of the population: epsilon 9, of which 1." in shown
+    assert "Nothing more will be charged." in shown
+    assert "adding or removing one of them" in shown
+    assert json.loads((await fedctl("privacy", "show", "test", "--json")).out)["population"] == "default"
+    (await fedctl.submit(config("plain")))
+    refused = await fedctl("privacy", "show", "plain")
+    assert refused.code != 0
+    assert "promises no differential privacy" in refused.err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
