@@ -207,7 +207,7 @@ class DataDirectory:
         listed: Iterable[Path] | None = None,
     ) -> list[Path]:
         """Deletes what nobody needs, by name, and what a dead daemon left unfinished; returns what it deleted. Files that are no
-        part of the layout stay. An update stays, too, while its assignment is among the live uploads: it may be just about to
+        part of the layout stay, and so do, while somebody is at work, folders that have become empty. An update stays, too, while its assignment is among the live uploads: it may be just about to
         be recorded.
 
         `listed`: what `listing` gave before the live sets were read, so that a file that came since is never taken for an
@@ -226,9 +226,10 @@ class DataDirectory:
         orphans += [path for path in unfinished if not path.name.endswith(self._temporary_suffix)]
         for path in orphans:
             path.unlink(missing_ok=True)
-        for folder in {path.parent for path in orphans} - {self.root / name for name in _FOLDERS}:
-            with suppress(OSError):  # a run that still has versions
-                folder.rmdir()
+        if listed is None:  # else somebody may be just about to write to a folder that is empty now
+            for folder in (path for name in _FOLDERS for path in (self.root / name).iterdir() if path.is_dir()):
+                with suppress(OSError):  # a run that still has versions
+                    folder.rmdir()
         return orphans
 
     # Opening

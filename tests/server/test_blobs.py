@@ -254,6 +254,16 @@ def test_a_file_that_came_after_the_listing_stays(data: DataDirectory) -> None:
     assert new.exists()
 
 
+def test_a_folder_that_a_sweep_empties_stays_for_whoever_is_about_to_write_there(data: DataDirectory) -> None:
+    old = write(data.released_path("r1", 1))
+    coming = data.temporary(data.released_path("r1", 2))
+    assert data.sweep((), (), (), (), (), listed=data.listing()) == [old]
+    coming.touch()
+    coming.unlink()
+    data.sweep((), (), (), (), ())
+    assert not coming.parent.exists()
+
+
 def test_a_sweep_leaves_the_unfinished_files_of_this_daemon_and_deletes_those_of_a_dead_one(tmp_path: Path) -> None:
     with DataDirectory(tmp_path) as data:
         temporary = data.temporary(data.model_path("r1", 0))
