@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,6 +93,11 @@ LearningRate = Annotated[float | None, _option("Step size.", _OVERRIDES)]
 Epochs = Annotated[int | None, _option("Passes over the data.", _OVERRIDES)]
 Steps = Annotated[int | None, _option("Optimizer steps.", _OVERRIDES)]
 OptimizerOption = Annotated[str | None, _option("sgd, adam or adamw.", _OVERRIDES)]
+MaxEpsilon = Annotated[
+    float | None,
+    _option("Epsilon that this site may spend in all, where it protects its data by itself; none unless given.", _SITE),
+]
+MaxDelta = Annotated[float | None, _option("Largest delta at which it does; 0.01 unless given.", _SITE)]
 LogFormatOption = Annotated[str | None, _option("pretty, json, or auto: pretty on a terminal.", "Logs")]
 LogLevelOption = Annotated[str | None, _option("debug, info, warning or error.", "Logs")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -154,6 +160,8 @@ def run(
     epochs: Epochs = None,
     steps: Steps = None,
     optimizer: OptimizerOption = None,
+    max_epsilon: MaxEpsilon = None,
+    max_delta: MaxDelta = None,
     log_format: LogFormatOption = None,
     log_level: LogLevelOption = None,
 ) -> None:
@@ -342,6 +350,41 @@ def _print_status(report: dict[str, Any]) -> None:
         console.print(
             f"carried to later updates: runs: {len(report['carried'])}, {carried_bytes:,} bytes", markup=False
         )
+
+
+@app.command()
+def privacy(
+    state_dir: Annotated[
+        Path | None, typer.Option(envvar="FED_CLIENT_STATE_DIR", help="Folder of the daemon.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what this site gave away of its data, in runs where it protects it by itself. Asks nobody: reads the state directory.
+
+    What was spent adds up by population, which the runs name, and by what is protected: all of the site's data, or its examples.
+    """
+    from fed_client.privacy import PrivacyLedger, accounts
+
+    with _exits():
+        state = StateDirectory(state_dir or default_state_dir())
+        if not state.root.is_dir():
+            raise ConfigError(f"state_dir: {state.root} does not exist; give the folder of a daemon with --state-dir")
+        found = accounts(PrivacyLedger(state.privacy).charges())
+    if as_json:
+        typer.echo(json.dumps([asdict(account) for account in found], indent=1))
+        return
+    console = Console(highlight=False)
+    if not found:
+        console.print("nothing was spent: no run asked this site to protect its data by itself")
+        return
+    table = Table("population", "protected", "assignments", "epsilon", "delta", "last")
+    for each in found:
+        last = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.last_time))
+        protected = "all of the site's data" if each.unit == "client" else "single examples"
+        table.add_row(each.population, protected, str(each.num_charged), f"{each.epsilon:.4g}", f"{each.delta:g}", last)
+    console.print(table)
+    for each in found:
+        console.print(f"\n{each.population}: {each.claim}", markup=False, soft_wrap=True)
 
 
 def main() -> None:

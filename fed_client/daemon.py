@@ -30,6 +30,7 @@ from fed_client.carried import CarriedState
 from fed_client.download import Downloads
 from fed_client.exit_codes import ExitCode, exit_code_of
 from fed_client.models import Models
+from fed_client.privacy import Limits, PrivacyLedger, SiteAccount
 from fed_client.question import Question
 from fed_client.reports import Outbox, ProgressReporter
 from fed_client.session import PollLoop, enroll
@@ -71,6 +72,7 @@ class Daemon:
         self._table = WorkTable()
         self._spool = Spool(state.spool)
         self._carried = CarriedState(state.carried, keep=settings.carried_runs)
+        self._account = SiteAccount(PrivacyLedger(state.privacy), Limits(settings.max_epsilon, settings.max_delta))
         self._cache = ModelCache(state.cache, keep=settings.cache_models)
         self._question = Question()
         self._sources = make_trainers(settings, state)
@@ -111,7 +113,15 @@ class Daemon:
             progress.update(held.assignment_id, common_pb2.WORK_PHASE_SPOOLED)
             structlog.get_logger().info("found in the spool", bytes=spooled.total_bytes, **held.log_fields)
         uploader = Uploader(
-            transport, self._spool, self._carried, self._table, progress, outbox, self._discard, self._fatal
+            transport,
+            self._spool,
+            self._carried,
+            self._account,
+            self._table,
+            progress,
+            outbox,
+            self._discard,
+            self._fatal,
         )
         worker = Worker(
             self._settings,
@@ -121,6 +131,7 @@ class Daemon:
             self._cache,
             self._spool,
             self._carried,
+            self._account,
             self._table,
             self._question,
             progress,

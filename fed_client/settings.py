@@ -170,6 +170,13 @@ class Settings(BaseSettings):
     device: Device = Field("auto", description="Where to train; auto takes cuda, then mps, then cpu")
     overrides: Overrides = Overrides()
 
+    max_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="Epsilon that this site may spend in all, over all populations, in runs where it protects its data by itself",
+    )
+    max_delta: float = Field(1e-2, gt=0, lt=1, description="Largest delta at which it does")
+
     poll_seconds: float = Field(30.0, ge=1, le=60, description="How long a question for work may wait for its answer")
     stall_seconds: float = Field(
         60.0, ge=1, description="A transfer that moves no byte for so long is broken off and resumed"

@@ -7,6 +7,7 @@ status.json      what the running daemon is doing, for `fed-client status`; neve
 cache/           models, and what they are being made of (cache.py)
 spool/           encoded updates by assignment (spool.py)
 carried/         what updates left behind for the next ones, by run (carried.py)
+privacy.json     what updates gave away of this site's data, where it keeps the account (privacy.py)
 trainer.log      what the user's training code printed
 """
 
@@ -67,6 +68,7 @@ class StateDirectory:
         self.cache = root / "cache"
         self.spool = root / "spool"
         self.carried = root / "carried"
+        self.privacy = root / "privacy.json"
         self.trainer_log = root / "trainer.log"
         self._identity = root / "identity.json"
         self._enrollment = root / "enrollment.json"

@@ -37,6 +37,12 @@ class Held:
     # How often the way to its model was lost.
     num_lost: int = 0
     stop: Stop = field(default_factory=Stop)
+    # Whether the site is to protect its data by itself, and so says no more of its work than it must; whoever asked for it once
+    # cannot take it back.
+    protects_data: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.protects_data = self.assignment.plan.HasField("privacy")
 
     @property
     def assignment_id(self) -> str:
@@ -115,6 +121,7 @@ class WorkTable:
             before = held.assignment
             has_changed = held.is_waiting or (before.model, before.variate) != (assignment.model, assignment.variate)
             held.assignment, held.is_waiting = assignment, False
+            held.protects_data |= assignment.plan.HasField("privacy")
             self._changed.notify_all()
             return has_changed
 

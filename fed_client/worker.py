@@ -17,6 +17,7 @@ from fed_client.cache import ModelCache
 from fed_client.carried import CarriedState, settle_earlier
 from fed_client.durable import SiteDiskFullError
 from fed_client.models import Models, WayLostError
+from fed_client.privacy import Charge, LedgerError, SiteAccount
 from fed_client.question import Question
 from fed_client.reports import Fatal, Outbox, ProgressReporter, evaluation, failure, failure_kind, failure_name
 from fed_client.settings import Settings
@@ -57,6 +58,7 @@ class Worker:
         cache: ModelCache,
         spool: Spool,
         carried: CarriedState,
+        account: SiteAccount,
         table: WorkTable,
         question: Question,
         progress: ProgressReporter,
@@ -72,6 +74,7 @@ class Worker:
         self._cache = cache
         self._spool = spool
         self._carried = carried
+        self._account = account
         self._table = table
         self._question = question
         self._progress = progress
@@ -177,6 +180,7 @@ class Worker:
         plan, refused = apply_overrides(TrainingPlan.from_proto(assignment.plan), overrides)
         if refused:
             log.warning("overrides that this run does not allow are left out", refused=refused)
+        charge = self._charge(held, assignment, plan, trainer, log) if plan.privacy is not None else None
         carried, run_id, assignment_id = self._carried, assignment.run_id, assignment.assignment_id
         carried.drop(run_id, assignment_id)  # of an earlier life that got no further
         settle_earlier(self._transport, carried, self._spool, run_id, held.stop, log)
@@ -194,6 +198,8 @@ class Worker:
             carried=carried.promoted(run_id, assignment.fingerprint),
             carry_to=carried.prefix(run_id, assignment_id),
             variate=(variate, assignment.variate.digest.hex()) if variate is not None else None,
+            sent_metrics=charge.metrics if charge is not None else {},
+            num_examples=charge.num_examples if charge is not None else None,
         )
         self._begin(held, common_pb2.WORK_PHASE_TRAINING)
         with held.stop.interrupting(trainer.cancel):
@@ -212,7 +218,25 @@ class Worker:
         log.info("trained", **_trained(result))
         self._table.release(held, common_pb2.WORK_PHASE_SPOOLED, spooled)
 
+    def _charge(
+        self, held: Held, assignment: participation_pb2.Assignment, plan: TrainingPlan, trainer: Trainer, log: Any
+    ) -> Charge:
+        """What the assignment costs, which is charged now. Raises InvalidError where this site may not spend it."""
+        assert plan.privacy is not None
+        by_examples = plan.privacy.kind == "examples"
+        with held.stop.interrupting(trainer.cancel):
+            description = trainer.describe(reads_data=by_examples)
+        held.stop.check()
+        num_examples = description.num_examples if by_examples else None
+        # A complex number is two.
+        charge = self._account.charge(assignment, plan, 2 * description.num_parameters, num_examples)
+        failpoint("client-charged")
+        log.info("charged", population=charge.population, epsilon=float(f"{charge.epsilon:.4g}"), delta=charge.delta)
+        return charge
+
     def _evaluate(self, held: Held, assignment: participation_pb2.Assignment, trainer: Trainer, log: Any) -> None:
+        if assignment.plan.HasField("privacy"):
+            raise InvalidError("this run is to protect the site's data, and metrics of it would leave as they are")
         job = EvaluateJob(
             assignment_id=assignment.assignment_id,
             model_path=self._cache.path(assignment.model.digest),
@@ -244,6 +268,8 @@ class Worker:
         def on_progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
             if held.stop.is_set:
                 trainer.cancel()  # an interrupt that came before the trainer had begun had nothing to cancel
+            if held.protects_data:  # steps tell how much data there is, and losses what is in it
+                done, total, metrics = 0, 0, {}
             self._progress.update(held.assignment_id, phase, done, total, metrics)
 
         return on_progress
@@ -261,8 +287,8 @@ class Worker:
             self._spool.remove(held.assignment_id)
             verdict = verdict_of(held, error)
             log.warning("assignment failed", kind=failure_name(verdict.kind), error=str(error))
-            if verdict.traceback:
-                log.debug("traceback", traceback=verdict.traceback)
+            if isinstance(error, WorkloadError) and error.traceback:
+                log.debug("traceback", traceback=error.traceback)
             self._outbox.put(held, verdict)
 
 
@@ -296,6 +322,8 @@ def encoding_name(uplink: str) -> str:
 
 def verdict_of(held: Held, error: Exception) -> participation_pb2.ReportFailureRequest:
     """What is reported of an error that ended a piece of work."""
+    if held.protects_data and not isinstance(error, FedstreamError | SpoolCorruptError):
+        return _verdict_without_words(held, error)
     if isinstance(error, WorkloadError):
         return failure(held, failure_kind(error.kind), str(error), error.traceback)
     if isinstance(error, SiteDiskFullError):
@@ -310,6 +338,19 @@ def verdict_of(held: Held, error: Exception) -> participation_pb2.ReportFailureR
     )
 
 
+def _verdict_without_words(held: Held, error: Exception) -> participation_pb2.ReportFailureRequest:
+    """The same where the site's data is to be protected: what the workload's code said of it stays here."""
+    kind = error.kind if isinstance(error, WorkloadError) else "REFUSED_BY_SITE"
+    message = "it failed; this run protects the site's data, so what was said of it is in the site's log alone"
+    if isinstance(error, WorkloadError) and kind in _SAYS_NOTHING_OF_DATA:
+        message = str(error)
+    return failure(held, failure_kind(kind), message)
+
+
+# Kinds of failures whose messages are our own.
+_SAYS_NOTHING_OF_DATA = ("REFUSED_BY_SITE", "FINGERPRINT_MISMATCH", "DISK_FULL")
+
+
 class Uploader:
     """Delivers what the spool holds, the oldest first."""
 
@@ -318,6 +359,7 @@ class Uploader:
         transport: Transport,
         spool: Spool,
         carried: CarriedState,
+        account: SiteAccount,
         table: WorkTable,
         progress: ProgressReporter,
         outbox: Outbox,
@@ -327,6 +369,7 @@ class Uploader:
         self._transport = transport
         self._spool = spool
         self._carried = carried
+        self._account = account
         self._table = table
         self._progress = progress
         self._outbox = outbox
@@ -345,6 +388,9 @@ class Uploader:
 
     def _upload(self, held: Held, log: Any) -> None:
         assert held.spooled is not None
+        if held.protects_data:
+            self._account.sending(held.assignment_id, held.spooled.digest)
+            failpoint("client-sending")
 
         def uploaded(done: int, total: int) -> None:
             self._progress.update(held.assignment_id, common_pb2.WORK_PHASE_UPLOADING, done, total)
@@ -368,8 +414,8 @@ class Uploader:
             self._discard(held)
         elif isinstance(error, UnauthenticatedError):
             self._fatal(error)
-        elif isinstance(error, SpoolCorruptError):
-            log.warning("spool damaged", error=str(error))
+        elif isinstance(error, SpoolCorruptError | LedgerError):
+            log.warning("update not sent", error=str(error))
             self._spool.remove(held.assignment_id)
             self._outbox.put(held, verdict_of(held, error))
         elif isinstance(error, InvalidError):

@@ -202,6 +202,10 @@ class TrainingPlan:
         """Optimizer steps that the plan asks of a site with so many examples."""
         return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(num_examples / self.batch_size)
 
+    def sampling_rate(self, num_examples: int) -> float:
+        """Chance with which each of so many examples is in a batch where coins decide: `batch_size` of them are expected."""
+        return min(1.0, self.batch_size / num_examples)
+
     def to_proto(self) -> common_pb2.TrainingPlan:
         """The message that travels."""
         message = common_pb2.TrainingPlan(

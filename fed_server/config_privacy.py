@@ -131,8 +131,8 @@ class CentralPrivacyConfig(ConfigTable):
     correlation: CorrelationConfig = Field(
         default=IndependentConfig(),
         description="How the noise of one round goes with that of others. With any but independent, noise_multiplier is that of "
-        "the whole run, cohorts are drawn in turn and not by coins, nothing is amplified by sampling, and who takes part need not be "
-        "secret.",
+        "the whole run, cohorts are drawn in turn and not by coins, nothing is amplified by sampling, and who takes part need not "
+        "be secret.",
     )
     delta: float = Field(
         gt=0,
@@ -352,6 +352,10 @@ def _central(field: str, text: str) -> dict[Mode, Verdict]:
     return {"central": Verdict(text, field)}
 
 
+def _central_allows(text: str) -> dict[Mode, Verdict]:
+    return {"central": Verdict(text)}
+
+
 def _sites(text: str, field: str = "") -> dict[Mode, Verdict]:
     return {"local": Verdict(text, field), "examples": Verdict(text, field)}
 
@@ -427,7 +431,16 @@ FEATURES: tuple[Feature, ...] = (
         "a bound on values",
         lambda run: run.aggregation.bound is not None,
         '[aggregation]\nkind = "mean"\nweighting = "uniform"\nbound = 1.0',
-        _central("aggregation.bound", "updates are cut to privacy.clipping, which bounds every value; delete it"),
+        {
+            "central": Verdict(
+                "updates are cut to privacy.clipping, which bounds every value; delete it", "aggregation.bound"
+            ),
+            "local": Verdict(
+                "the noise of a site may be of any size, and a run takes a bound that leaves room for it; delete it",
+                "aggregation.bound",
+            ),
+            "examples": Verdict(_PROTECTED),
+        },
     ),
     Feature(
         "buffered rounds",
@@ -523,7 +536,7 @@ FEATURES: tuple[Feature, ...] = (
         "FedProx",
         lambda run: run.training.objective.kind == "fedprox",
         '[training.objective]\nkind = "fedprox"',
-        {"central": Verdict("free: it changes what a client trains, not what it may send")}
+        _central_allows("free: it changes what a client trains, not what it may send")
         | _sites("free: the model received, towards which it pulls, is no secret"),
     ),
     Feature(
@@ -558,14 +571,14 @@ FEATURES: tuple[Feature, ...] = (
         "evaluation at the coordinator, and what follows from it (best version, target, patience, plateau)",
         lambda run: run.evaluation.at == "coordinator",
         '[evaluation]\nat = "coordinator"',
-        {"central": Verdict(f"{_FREE}, and from data that the coordinator has, which must be nobody's secret")}
+        _central_allows(f"{_FREE}, and from data that the coordinator has, which must be nobody's secret")
         | _sites(f"{_FREE}, and from data that the coordinator has, which must be nobody's secret"),
     ),
     Feature(
         "a server optimizer, or a moving average of the versions",
         lambda run: run.server_optimizer.kind != "sgd" or run.average.decay > 0,
         '[server_optimizer]\nkind = "adam"\n[average]\ndecay = 0.9',
-        {"central": Verdict(_FREE)} | _sites(_PROTECTED),
+        _central_allows(_FREE) | _sites(_PROTECTED),
     ),
     Feature(
         "error feedback at the clients",

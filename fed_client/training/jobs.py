@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from fed_client.training.leaving import Update, Write, also_telling
+from fed_client.training.local_privacy import protect, released_names
 from fed_client.training.loop import train
+from fed_client.training.refusal import CannotDoError
 from fed_client.training.residual import RESIDUAL, write_with_feedback
 from fed_client.training.trainer import MODEL_DAMAGED
 from fed_client.training.variates import VARIATE, NextVariate, add_common, read_corrections
@@ -39,11 +41,6 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 class FingerprintMismatchError(InvalidError):
     """The site's model and the run's differ."""
-
-
-class CannotDoError(InvalidError):
-    """What the coordinator asks for cannot be done here, whatever the workload: an encoding of a newer version, steps that lead
-    nowhere."""
 
 
 def kind_of(error: BaseException) -> str:
@@ -156,13 +153,21 @@ class SiteJobs:
         carried: dict[str, tuple[str, str]],
         carry_to: str | None,
         common: tuple[str, str] | None = None,
+        sent_metrics: Json,
+        num_accounted: int | None,
         on_progress: OnProgress,
     ) -> Json:
         encoding = _encoding(uplink)
         training = TrainingPlan.from_json(plan)
+        privacy = training.privacy
+        if num_accounted not in (None, num_examples(self._train_data)):
+            raise CannotDoError(
+                "the site's data changed while it was accounted for; the next assignment finds it as it is"
+            )
         with _open_model(model_path, base_digest) as base:
             with reproducible(training.seed, training.num_threads):
                 model, specs = self._load(base, fingerprint, training.seed)
+            released = released_names(model) if privacy is not None else None
             measured = self._measure_before(model, training)
             corrections, problem = None, ""
             if training.objective.has_variate:
@@ -192,7 +197,10 @@ class SiteJobs:
                 normalizer=outcome.normalizer,
                 work=outcome.work,
             )
-            update = _update(model, base, specs, outcome.normalizer)
+            if privacy is not None:
+                info = UpdateInfo(assignment_id, num_examples=1, custom_weight=1, metrics=sent_metrics)
+            is_checked = privacy is None or privacy.kind != "local"
+            update = _update(model, base, specs, outcome.normalizer, released, is_checked)
         del model  # an encoding may need room, and the update is all that is left to do
 
         def write(tensors: Update, on_decoded: OnDecoded | None = None) -> Written:
@@ -214,6 +222,10 @@ class SiteJobs:
                 except PayloadError as error:
                     raise CannotDoError(f"the update cannot be encoded as the coordinator asks: {error}") from error
 
+        def protecting(tensors: Update) -> None:
+            if privacy is not None and privacy.kind == "local" and released is not None:
+                protect(tensors, released, privacy)
+
         left: dict[str, str] | None = None
         not_carried = [problem]
         with ExitStack() as stack:
@@ -225,10 +237,12 @@ class SiteJobs:
                 variate = stack.enter_context(following)
                 writing = also_telling(variate.keep, write)
             if encoding.wants_feedback and carry_to is not None:
-                fed_back = write_with_feedback(writing, update, carried.get(RESIDUAL), Path(f"{carry_to}.{RESIDUAL}"))
+                following_residual = Path(f"{carry_to}.{RESIDUAL}")
+                fed_back = write_with_feedback(writing, update, carried.get(RESIDUAL), following_residual, protecting)
                 written, left = fed_back.written, fed_back.carried
                 not_carried += fed_back.problems
             else:
+                protecting(update)
                 written = writing(update, None)
             if variate is not None:
                 left = (left or {}) | variate.finish()
@@ -325,17 +339,28 @@ def _open_model(path: str, digest: str) -> PayloadReader:
         raise CorruptError(f"{path} has rotted or is gone: {error}", offset=0) from error
 
 
-def _update(model: nn.Module, base: PayloadReader, specs: Sequence[TensorSpec], normalizer: float) -> Update:
+def _update(
+    model: nn.Module,
+    base: PayloadReader,
+    specs: Sequence[TensorSpec],
+    normalizer: float,
+    released: Collection[str] | None,
+    is_checked: bool,
+) -> Update:
     """What training changed, parameters divided by the normalizer if there is one, each tensor checked for NaN and infinity before
-    anything is encoded. Takes the model's gradients; memory: the update, and one tensor."""
+    anything is encoded unless `is_checked` is false. Where only some are `released`, the others are as they were received. Takes
+    the model's gradients; memory: the update, and one tensor."""
     model.zero_grad(set_to_none=True)
     local = model_tensors(model)
     update: Update = []
     for spec in specs:
-        change = difference(local[spec.name].cpu(), base.tensor(spec.name, verify=True))
+        received = base.tensor(spec.name, verify=True)
+        is_released = released is None or spec.name in released
+        change = difference(local[spec.name].cpu() if is_released else received, received)
         if normalizer and spec.role == PARAMETER and is_floating(spec.dtype):
             change = change.div_(normalizer)
-        check_finite(spec.name, change)
+        if is_checked:
+            check_finite(spec.name, change)
         update.append((spec, change))
     return update
 

@@ -19,7 +19,7 @@ no sum of updates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -82,10 +82,12 @@ def write_with_feedback(
     update: Update,
     residual: tuple[str, str] | None,
     next_residual: Path,
+    protect: Callable[[Update], None] = lambda update: None,
 ) -> FedBack:
-    """Adds the residual, a path and its digest in hex, to the update, which changes; writes it; and leaves the next one durably at
-    `next_residual`. Whatever is wrong with either file costs what it holds and never the update."""
+    """Adds the residual, a path and its digest in hex, to the update, which changes; has it protected; writes it; and leaves the
+    next one durably at `next_residual`. Whatever is wrong with either file costs what it holds and never the update."""
     problems = [add_residual(update, Path(residual[0]), residual[1])] if residual is not None else []
+    protect(update)
     with _NextResidual(next_residual, update) as following:
         written = write(update, following.keep)
         carried = following.finish_unless(written.fidelity.error)

@@ -73,7 +73,10 @@ class TrainJob:
     `carried` is what earlier updates of the run left behind, (path, digest) by kind; what this one leaves behind goes to `carry_to`
     with `.<kind>` appended, in a folder that need not exist. Without `carry_to` nothing is carried over.
 
-    `variate` is the run's common variate, a payload and its digest; without it that is zero."""
+    `variate` is the run's common variate, a payload and its digest; without it that is zero.
+
+    Where the plan asks for privacy, `sent_metrics` is all that the update says of itself, and `num_examples` what the site's
+    account reckons with, where it does: with another number there is no training."""
 
     assignment_id: str
     run_id: str
@@ -88,6 +91,8 @@ class TrainJob:
     carried: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
     carry_to: Path | None = None
     variate: tuple[Path, str] | None = None
+    sent_metrics: Mapping[str, float] = field(default_factory=dict)
+    num_examples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +201,8 @@ class Trainer:
             "carried": {kind: [str(path), digest] for kind, (path, digest) in job.carried.items()},
             "carry_to": str(job.carry_to) if job.carry_to is not None else None,
             "common": [str(job.variate[0]), job.variate[1]] if job.variate is not None else None,
+            "sent_metrics": dict(job.sent_metrics),
+            "num_accounted": job.num_examples,
         }
         return TrainResult(**self._call(request, on_progress))
 

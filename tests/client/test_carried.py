@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from fed_client.carried import CarriedState, settle_earlier
+from fed_client.privacy import Limits, PrivacyLedger, SiteAccount
 from fed_client.reports import Outbox, ProgressReporter
 from fed_client.spool import Spool
 from fed_client.stop import Stop, StoppedError
@@ -332,8 +333,9 @@ class Uploading:
 
         progress = ProgressReporter(transport, lambda *_: None, self.failed.append)
         outbox = Verdicts(transport, self.discard, self.failed.append)
+        account = SiteAccount(PrivacyLedger(folder / "privacy.json"), Limits(None, 0.01))
         self.uploader = Uploader(
-            transport, self.spool, carried, self.table, progress, outbox, self.discard, self.failed.append
+            transport, self.spool, carried, account, self.table, progress, outbox, self.discard, self.failed.append
         )
         self.thread = threading.Thread(target=self.uploader.run, daemon=True)
 

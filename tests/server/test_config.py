@@ -203,6 +203,21 @@ EVERY_OPTION += [
     'population = "wards"\n'
     for kind in ("local", "examples")
 ]
+CENTRAL = (
+    'evaluation.at = "coordinator"\naggregation = { kind = "mean", weighting = "uniform" }\n[privacy]\nkind = "central"\n'
+    'sampling_rate = 0.5\nnoise_multiplier = 2.0\ndelta = 1e-5\nmax_epsilon = 8.0\npopulation = "wards"\n'
+    'units = { hospital = ["ward-a", "ward-b"] }\n'
+)
+EVERY_OPTION += [
+    f"{MINIMAL}{CENTRAL}{options}"
+    for options in (
+        'clipping = { kind = "adaptive", initial_norm = 0.5, quantile = 0.9, learning_rate = 0.5 }\n',
+        'clipping = { kind = "fixed", norm = 2.0 }\n'
+        'correlation = { kind = "tree", max_participations = 2, min_separation = 3 }\n',
+        'clipping = { kind = "fixed", norm = 2.0 }\n'
+        'correlation = { kind = "banded_inverse", bands = 4, max_participations = 2, min_separation = 3 }\n',
+    )
+]
 
 
 BUFFERED = 'aggregation.weighting = "uniform"\naggregation.kind = "mean"\nevaluation.at = "none"\n'

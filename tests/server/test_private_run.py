@@ -331,7 +331,7 @@ async def test_a_model_with_running_statistics_is_refused_with_the_cure(house: H
         await off_loop(house.operator.submit, config(), model, "", specs)
 
 
-AT_SITES = {"clipping_norm": 1.0, "noise_multiplier": 4.0, "delta": 0.01}
+AT_SITES = {"clipping_norm": 1.0, "noise_multiplier": 4.0, "delta": 0.001}
 
 
 @pytest.mark.parametrize("mode", ["central", "local", "examples"])
