@@ -97,7 +97,7 @@ class PrivateNoise:
 class PrivateSum:
     """The sum of a round, with its noise. `norms` says what each update is cut to, by assignment; `clipping_norm` is the unit's.
 
-    The noise is drawn with the first update, while others still upload, and not a second time. Once `release` has written the sum
+    The noise is drawn by `draw`, or with the first update, and not a second time. Once `release` has written the sum
     down durably, nothing may be drawn for its round again: go on from the file (`ReleasedSum`).
 
     Memory: 8 bytes per element, out of `memory`, and one decoded tile; each update is decoded twice."""
@@ -149,7 +149,7 @@ class PrivateSum:
             for _, tile in update.iter_tiles(spec.name):
                 norm.add(as_reals(tile))
         factor = clip_factor(norm.value, bound)
-        self._draw()
+        self.draw()
         squared, out = 0, torch.empty(TILE, dtype=torch.float64)
         for spec in self._specs:
             for first, decoded in update.iter_tiles(spec.name):
@@ -174,14 +174,15 @@ class PrivateSum:
         return True
 
     def prepare(self) -> None:
-        """Draws the noise, where no update came to do so."""
-        self._draw()
+        """Draws the noise, if that was not done."""
+        self.draw()
 
     def report(self, spec: TensorSpec, first: int, count: int) -> Tensor | None:
         """Nothing: a sum is read from what `release` wrote."""
         raise InvalidError("a private sum is released before it is read")
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Draws the noise, once; may come before the first update."""
         if self._is_drawn:
             return
         self._is_drawn = True
@@ -199,7 +200,7 @@ class PrivateSum:
     def release(self, path: Path) -> None:
         """Writes the noisy sum, which is the only thing that is ever made of the round's updates; not yet durable. Memory: one
         tile."""
-        self._draw()
+        self.draw()
         specs = [
             TensorSpec(spec.name, (spec.num_elements * spec.reals_per_element,), "float64", spec.role)
             for spec in self._specs

@@ -30,10 +30,12 @@ class Folding:
         self._files = files
         self._name_of = name_of
         # Each with the number of the opening it belongs to: one that still waits when its round ends is no part of the next.
-        self._queue: asyncio.Queue[tuple[int, AssignmentRecord]] = asyncio.Queue()
+        # None stands for what is done before the first update comes.
+        self._queue: asyncio.Queue[tuple[int, AssignmentRecord | None]] = asyncio.Queue()
         self._opening = 0
         self._make: MakeAggregate | None = None
         self._open: OpenUpdate = self._open_as_it_is
+        self._early: Callable[[Aggregator], None] | None = None
         self._aggregate: Aggregator | None = None
         self._folded: list[AssignmentRecord] = []
         # Those that there was no disk for, with what was said then.
@@ -42,12 +44,19 @@ class Folding:
         self.lost: list[tuple[AssignmentRecord, str]] = []
         """Updates that were stored and cannot be read any more, each with a sentence that says why."""
 
-    def begin(self, make: MakeAggregate, open_update: OpenUpdate | None = None) -> None:
+    def begin(
+        self,
+        make: MakeAggregate,
+        open_update: OpenUpdate | None = None,
+        early: Callable[[Aggregator], None] | None = None,
+    ) -> None:
         """Opens a round; `make` makes an empty aggregate, and `open_update` opens an update that is to be folded, where that is not
-        simply its file."""
+        simply its file. `early` is done with the aggregate while the clients still train, on one of the threads for tensors."""
         self._opening += 1
-        self._open = open_update or self._open_as_it_is
+        self._open, self._early = open_update or self._open_as_it_is, early
         self._make, self._aggregate, self._folded, self.lost, self._waiting = make, make(), [], [], []
+        if early is not None:
+            self._queue.put_nowait((self._opening, None))
 
     def end(self) -> None:
         """Closes the round; what still waits in the queue is passed over."""
@@ -74,26 +83,34 @@ class Folding:
         while True:
             opening, update = await self._queue.get()
             try:
-                if opening == self._opening and self._aggregate is not None:
-                    await self._workers.compute(self._fold, update, self._aggregate)
-                    if opening == self._opening:
-                        self._folded.append(update)
-            except DiskFullError as error:
-                # No fault of the update's, and the aggregate is as it was.
-                if opening == self._opening:
-                    self._waiting.append(update)
-                    self._disk_full = error
-            except (FedstreamError, OSError) as error:
-                # Verified when it came, unreadable now: the disk lost it. Part of it may be in the sums, so they begin anew.
-                reason = f"the coordinator's copy of this update cannot be read: {error}"
-                logger.error("stored update lost", extra={"client": self._name_of(update.client_id), "reason": reason})
-                if opening == self._opening and self._make is not None:
-                    self.lost.append((update, reason))
-                    self._aggregate, again, self._folded = self._make(), self._folded, []
-                    for earlier in again:
-                        self._queue.put_nowait((opening, earlier))
+                if opening != self._opening or self._aggregate is None:
+                    continue
+                if update is not None:
+                    await self._fold_one(opening, update, self._aggregate)
+                elif self._early is not None:
+                    await self._workers.compute(self._early, self._aggregate)
             finally:
                 self._queue.task_done()
+
+    async def _fold_one(self, opening: int, update: AssignmentRecord, aggregate: Aggregator) -> None:
+        try:
+            await self._workers.compute(self._fold, update, aggregate)
+            if opening == self._opening:
+                self._folded.append(update)
+        except DiskFullError as error:
+            # No fault of the update's, and the aggregate is as it was.
+            if opening == self._opening:
+                self._waiting.append(update)
+                self._disk_full = error
+        except (FedstreamError, OSError) as error:
+            # Verified when it came, unreadable now: the disk lost it. Part of it may be in the sums, so they begin anew.
+            reason = f"the coordinator's copy of this update cannot be read: {error}"
+            logger.error("stored update lost", extra={"client": self._name_of(update.client_id), "reason": reason})
+            if opening == self._opening and self._make is not None:
+                self.lost.append((update, reason))
+                self._aggregate, again, self._folded = self._make(), self._folded, []
+                for earlier in again:
+                    self._queue.put_nowait((opening, earlier))
 
     def _fold(self, update: AssignmentRecord, aggregate: Aggregator) -> None:
         with (

@@ -300,6 +300,10 @@ class PrivateRun(LiveRun):
         norm = self.round.clipping_norm
         return next_clipping_norm(norm, released.uncut_part, clipping.quantile, clipping.learning_rate)
 
+    def _begin_folding(self) -> None:
+        # The noise takes as long as several updates, and the clients have only just been asked.
+        self._folding.begin(self._new_aggregate, early=_draw_noise)
+
     def _new_aggregate(self) -> Aggregator:
         assert self.round is not None and self._roster is not None
         norm, members, units = self.round.clipping_norm, self._members, self._roster.units
@@ -357,6 +361,11 @@ def falls(rate: float) -> bool:
     """A coin that shows heads with probability `rate`, rounded down to a multiple of 2^-64, by the operating system's
     randomness."""
     return secrets.randbits(_COIN_BITS) < int(rate * 2**_COIN_BITS)
+
+
+def _draw_noise(aggregate: Aggregator) -> None:
+    assert isinstance(aggregate, PrivateSum), "a private round adds up nothing else"
+    aggregate.draw()
 
 
 def noise_of(mechanism: Mechanism) -> PrivateNoise:

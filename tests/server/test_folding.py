@@ -15,6 +15,7 @@ from fed_core.errors import CorruptError, DiskFullError
 from fed_core.payload.reader import PayloadReader
 from fed_core.payload.writer import write_payload
 from fed_core.specs import TensorSpec
+from fed_server.aggregation.base import Aggregator
 from fed_server.aggregation.mean import WeightedMean
 from fed_server.rounds.folding import Folding
 from fed_server.rounds.workers import Workers
@@ -122,6 +123,21 @@ async def test_an_update_that_waits_when_its_round_ends_is_no_part_of_the_next(d
     assert aggregate is not None
     assert aggregate.num_updates == 1
     assert means(aggregate) == [0.5]
+
+
+async def test_what_is_done_early_is_done_before_the_first_update_and_for_an_open_round_alone(desk: Desk) -> None:
+    seen: list[int] = []
+
+    def note(aggregate: Aggregator) -> None:
+        seen.append(aggregate.num_updates)
+
+    desk.folding.begin(new_aggregate, early=note)
+    desk.folding.end()
+    desk.folding.begin(new_aggregate, early=note)
+    desk.put("a", 0.125, 1)
+    desk.put("b", 0.5, 7)  # lost: the sums begin anew
+    await desk.folding.finished()
+    assert seen == [0]
 
 
 class FillsItsDisk(WeightedMean):
