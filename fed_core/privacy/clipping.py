@@ -84,8 +84,8 @@ def to_steps(tile: Tensor, factor: float, exponent: int, out: Tensor) -> Tensor:
     """tile * factor in steps of 2^exponent, rounded toward zero: whole numbers, written into `out` and returned.
 
     `tile` is 1-D, floating or complex; `out` float64 on the CPU, of the same length, or twice it for complex values (real part
-    first). No coordinate grows in magnitude, and where the factor is 1.0 it loses less than a step. A factor of 0.0 gives zeros, whatever
-    the values. Raises InvalidError for any other dtype."""
+    first). No coordinate grows in magnitude, and where the factor is 1.0 it loses less than a step. A factor of 0.0 gives zeros,
+    whatever the values. Raises InvalidError for any other dtype."""
     reals = _reals(tile)
     if factor == 0.0:
         return out.zero_()

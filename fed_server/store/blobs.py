@@ -207,8 +207,8 @@ class DataDirectory:
         listed: Iterable[Path] | None = None,
     ) -> list[Path]:
         """Deletes what nobody needs, by name, and what a dead daemon left unfinished; returns what it deleted. Files that are no
-        part of the layout stay, and so do, while somebody is at work, folders that have become empty. An update stays, too, while its assignment is among the live uploads: it may be just about to
-        be recorded.
+        part of the layout stay, and so do, while somebody is at work, folders that have become empty. An update stays, too, while
+        its assignment is among the live uploads: it may be just about to be recorded.
 
         `listed`: what `listing` gave before the live sets were read, so that a file that came since is never taken for an
         orphan; without it, nothing else may be at work in the directory.
