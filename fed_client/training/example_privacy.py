@@ -16,8 +16,9 @@ https://doi.org/10.1145/2382196.2382264), and its remedy, secure_mode, needs tor
 
 All is done where an optimizer step begins, before what the plan's objective adds there (objectives.py), which does not depend on
 the batch. So a workload's `training_step` runs unchanged, as long as it changes parameters by the optimizer it was given alone,
-steps once a batch, and has each layer see the examples along the first dimension; its own clipping of the mean gradient has no
-effect.
+steps once a batch, has each layer see the examples along the first dimension, and has a loss that is the mean of what the examples
+cost one by one; its own clipping of the mean gradient has no effect. A loss that compares examples of a batch gives gradients that
+no clipping takes apart, and nothing here can tell.
 
 The number of examples, and with it q and the steps of an epoch, is taken as given: the guarantee hides what an example is, and
 whether it is there, from whoever knows how many there are. It is not told to anyone.
@@ -90,7 +91,7 @@ class ExampleNoise:
         self._most_steps = max_squared_steps(plan.clipping_norm, self._exponent)
         self._gaussian = GridGaussian(sigma * 2.0**-self._exponent)
         self._stream = stream or NoiseStream()
-        self._size = self._num_steps = 0
+        self._size, self._may_step = 0, False
         self._optimizer = optimizer
         self._hooks = _per_example_hooks(model)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
@@ -108,20 +109,19 @@ class ExampleNoise:
     @contextmanager
     def batch(self, size: int) -> Iterator[None]:
         """Around the training step on a batch of so many examples, 1 or more. Raises CannotDoError where it was not one step."""
-        self._size, before = size, self._num_steps
+        self._size, self._may_step = size, True
         with warnings.catch_warnings():
             # Of torch, for the hooks of a first layer; what they miss is the gradient of the inputs.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             yield
-        if self._num_steps != before + 1:
+        if self._may_step:
             raise CannotDoError(
-                f"the workload's training_step called optimizer.step() {self._num_steps - before} times on a batch; DP-SGD is "
-                "accounted for one step a batch"
+                "the workload's training_step did not call optimizer.step(); DP-SGD is accounted for one step a batch"
             )
 
     def empty_batch(self) -> None:
         """The step on a batch that no example is in: noise alone."""
-        self._size = 0
+        self._size, self._may_step = 0, True
         self._optimizer.zero_grad()
         self._optimizer.step()
 
@@ -133,7 +133,11 @@ class ExampleNoise:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if any(each is not None for each in (*args[1:], *kwargs.values())):
             raise CannotDoError("DP-SGD needs optimizer.step() without a closure, which would bring gradients anew")
-        self._num_steps += 1
+        if not self._may_step:
+            raise CannotDoError(
+                "the workload's training_step called optimizer.step() more than once; DP-SGD is accounted for one step a batch"
+            )
+        self._may_step = False
         samples = [self._take_sample(parameter) for parameter in self._parameters]
         with torch.no_grad():
             factors = self._factors(samples)
