@@ -95,7 +95,7 @@ Steps = Annotated[int | None, _option("Optimizer steps.", _OVERRIDES)]
 OptimizerOption = Annotated[str | None, _option("sgd, adam or adamw.", _OVERRIDES)]
 MaxEpsilon = Annotated[
     float | None,
-    _option("Epsilon that this site may spend in all, where it protects its data by itself; none unless given.", _SITE),
+    _option("Epsilon that this site may spend, where it protects its data by itself; no limit unless given.", _SITE),
 ]
 MaxDelta = Annotated[float | None, _option("Largest delta at which it does; 0.01 unless given.", _SITE)]
 LogFormatOption = Annotated[str | None, _option("pretty, json, or auto: pretty on a terminal.", "Logs")]

@@ -173,7 +173,8 @@ class Settings(BaseSettings):
     max_epsilon: float | None = Field(
         default=None,
         gt=0,
-        description="Epsilon that this site may spend in all, over all populations, in runs where it protects its data by itself",
+        description="Epsilon that this site may spend over all populations in runs where it protects its data by itself, on all of "
+        "its data and on single examples each",
     )
     max_delta: float = Field(1e-2, gt=0, lt=1, description="Largest delta at which it does")
 
