@@ -30,7 +30,7 @@ EXIT_INTERRUPTED = 130
 
 EXIT_CODES = {
     EXIT_OK: "done, and a watched run finished",
-    EXIT_RUN_FAILED: "the watched run failed or was cancelled",
+    EXIT_RUN_FAILED: "the watched run failed or was cancelled, or an audit contradicts its claim",
     EXIT_USAGE: "wrong command line",
     EXIT_DATA: "refused: the config, the model or the name, or no such run or version",
     EXIT_UNAVAILABLE: "no coordinator answers",

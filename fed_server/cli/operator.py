@@ -328,6 +328,76 @@ def privacy_show(connection: Connection, run: Run, as_json: Json = False) -> Non
     _print(response, as_json, lambda: privacy_render.account(response))
 
 
+@privacy_app.command("audit")
+def privacy_audit(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.toml", help="Run config with central privacy; - reads it from stdin.", show_default=False
+        ),
+    ],
+    canaries: Annotated[
+        int,
+        typer.Option("--canaries", metavar="M", min=1, help="Clients that are made up; more see larger epsilons."),
+    ] = 1000,
+    dimension: Annotated[
+        int, typer.Option("--dimension", metavar="D", min=1, help="Values of an update; at least as many as canaries.")
+    ] = 20_000,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds", metavar="T", min=1, help="Rounds to audit. Default: those of the config.", show_default=False
+        ),
+    ] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            "--delta", metavar="X", help="Delta at which to audit. Default: that of the config.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            help="Makes the canaries: who is in, and their directions. Default: a new one, which is shown. Noise has no seed.",
+            show_default=False,
+        ),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option("--confidence", metavar="P", help="How sure to be before a claim is contradicted.")
+    ] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
+) -> None:
+    """Try to catch the mechanism of a run config leaking more than it claims. Needs no coordinator.
+
+    Made-up clients send updates through the clipping, noise and release of this build, and from what is released the audit guesses
+    which of them took part. Too many right guesses contradict the claim (exit code 1); few do not confirm it.
+    """
+    import json
+    import secrets
+
+    parsed = _parse(config, _read_text(config))
+    from fed_server.cli.privacy_audit import as_json as to_json
+    from fed_server.cli.privacy_audit import audit, report
+
+    found = audit(
+        parsed,
+        num_canaries=canaries,
+        dimension=dimension,
+        num_rounds=rounds,
+        delta=delta,
+        seed=secrets.randbits(32) if seed is None else seed,
+        confidence=confidence,
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(to_json(found), indent=2) + "\n")
+    else:
+        _stdout().print(report(found))
+    if found.is_contradicted:
+        raise SystemExit(EXIT_RUN_FAILED)
+
+
 @run_app.command("watch")
 @_connected
 def run_watch(connection: Connection, run: Run, as_json: Json = False) -> None:
