@@ -202,7 +202,9 @@ class CentralPrivacyConfig(ConfigTable):
         return problems | refused_features(run, "central")
 
 
-class _SitePrivacyConfig(ConfigTable):
+class SitePrivacyConfig(ConfigTable):
+    """What each site does by itself to protect its data. The coordinator passes it on, and keeps no account."""
+
     kind: Mode
     delta: float = Field(
         gt=0,
@@ -236,7 +238,7 @@ class _SitePrivacyConfig(ConfigTable):
         return refused_features(run, self.kind)
 
 
-class LocalPrivacyConfig(_SitePrivacyConfig):
+class LocalPrivacyConfig(SitePrivacyConfig):
     """Client-level differential privacy that each site gives by itself, for coordinators that are not trusted with updates: it cuts
     its update to a norm and adds noise before anything leaves, and keeps the account. Costs far more accuracy than "central", for
     the noise of every site is as large as the whole sum's there."""
@@ -262,7 +264,7 @@ class LocalPrivacyConfig(_SitePrivacyConfig):
         )
 
     def problems(self, run: RunConfig) -> dict[str, str]:
-        """See `_SitePrivacyConfig.problems`."""
+        """See `SitePrivacyConfig.problems`."""
         problems: dict[str, str] = {}
         if self.delta >= 1 / run.cohort.size:
             problems["privacy.delta"] = (
@@ -272,7 +274,7 @@ class LocalPrivacyConfig(_SitePrivacyConfig):
         return problems | super().problems(run)
 
 
-class ExamplePrivacyConfig(_SitePrivacyConfig):
+class ExamplePrivacyConfig(SitePrivacyConfig):
     """Example-level differential privacy that each site gives by itself (DP-SGD, Abadi et al. 2016, arXiv:1607.00133): batches are
     drawn by independent coins, each example's gradient is cut to a norm, and every step's sum carries noise. Hides single
     examples, such as one patient's record, but not what all of a site's examples have in common."""

@@ -4,7 +4,7 @@ Every contribution (value times weight) is rounded once to a whole multiple of 2
 exact in float64, so addition is associative: no order, restart or tree of partial sums changes a bit. The exponent of each
 tensor is fixed in the transaction that opens the round, from the base model and the run's policy only, never from an update.
 
-    bound     B = 2**ceil(log2(8 max(maxabs(base), floor)))      one value of one update may not exceed it
+    bound     B = 2**ceil(log2(max(8 maxabs(base), 8 floor, reach)))      one value of one update may not exceed it
     step      2**(log2 B + ceil(log2(cohort_limit * max_weight)) - 52)
 """
 
@@ -33,11 +33,13 @@ _SUM_BITS = 52
 @dataclass(frozen=True)
 class GridPolicy:
     """What fixes a run's grids besides the model: at most `cohort_limit` updates a round, each of a weight of at most
-    `max_weight`; `bound` replaces the bound that follows from the model."""
+    `max_weight`; `bound` replaces the bound that follows from the model, and `reach` is what it is at least: how far noise on
+    updates may go."""
 
     cohort_limit: int
     max_weight: int
     bound: float | None = None
+    reach: float = 0.0
 
     @property
     def weight_bits(self) -> int:
@@ -50,13 +52,13 @@ class GridPolicy:
         return 2.0 ** (self.weight_bits - _SUM_BITS - 1)
 
 
-def grid_policy(cohort_limit: int, max_weight: int | None, bound: float | None) -> GridPolicy:
+def grid_policy(cohort_limit: int, max_weight: int | None, bound: float | None, reach: float = 0.0) -> GridPolicy:
     """The policy of a run; without a `max_weight` the largest that keeps the resolution, at most 2**20.
 
     Raises ConfigError where the mean would be coarser than 2**-26 of the bound.
     """
     largest = int(COARSEST_RESOLUTION * 2.0 ** (_SUM_BITS + 1)) // cohort_limit
-    policy = GridPolicy(cohort_limit, max_weight or max(1, min(DEFAULT_MAX_WEIGHT, largest)), bound)
+    policy = GridPolicy(cohort_limit, max_weight or max(1, min(DEFAULT_MAX_WEIGHT, largest)), bound, reach)
     if policy.resolution > COARSEST_RESOLUTION:
         raise ConfigError(
             f"aggregation.max_weight: {max_weight} with up to {cohort_limit} updates a round makes the mean coarser than 2^-26 "
@@ -70,7 +72,7 @@ def bound_exponent(spec: TensorSpec, max_abs: float, policy: GridPolicy) -> int:
     if policy.bound is not None:
         return ceil(log2(policy.bound))
     floor = BUFFER_FLOOR if spec.role == "buffer" else PARAMETER_FLOOR
-    return ceil(log2(8 * max(max_abs, floor)))
+    return ceil(log2(max(8 * max(max_abs, floor), policy.reach)))
 
 
 def make_grid(specs: Sequence[TensorSpec], max_abs: Mapping[str, float], policy: GridPolicy) -> dict[str, int]:

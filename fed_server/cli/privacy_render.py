@@ -27,7 +27,11 @@ _MOST_CHARGES = 12
 
 
 def account(response: runs_pb2.GetPrivacyResponse) -> RenderableType:
-    """What a run was charged, a row a round, what is left, and the guarantee in words."""
+    """What a run was charged, a row a round, what is left, and the guarantee in words; those alone where each site keeps its own
+    account."""
+    if response.is_kept_by_sites:
+        title = f"Population {response.population!r}: kept by each site, delta {response.delta:g}"
+        return Group(Text(title, style="bold"), Text(), Text(response.claim))
     units = f"{response.num_units:,} units on the roster" if response.num_units else "the roster is not frozen yet"
     title = f"Population {response.population!r}: {units}, delta {response.delta:g}"
     table = Table(

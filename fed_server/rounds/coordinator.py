@@ -33,8 +33,9 @@ from fed_server.config import (
     ScaffoldConfig,
     parse_run_config,
 )
-from fed_server.config_privacy import CentralPrivacyConfig, IndependentConfig
+from fed_server.config_privacy import CentralPrivacyConfig, IndependentConfig, SitePrivacyConfig
 from fed_server.optim.state import state_specs
+from fed_server.privacy.promises import sites_notices
 from fed_server.rounds.broadcast import WHOLE
 from fed_server.rounds.buffered import staleness_notice
 from fed_server.rounds.buffered_run import BufferedRun
@@ -460,10 +461,16 @@ class Coordinator:
             named = config.privacy.population
             charged = await workers.store(lambda tx: tx.charges_of_population(named))
             notices = await workers.compute(privacy_notices, config, config.privacy, charged, record.num_parameters)
+        elif isinstance(config.privacy, SitePrivacyConfig):
+            notices = []
         else:
             notices = [
                 f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
             ]
+        if isinstance(config.privacy, SitePrivacyConfig):
+            size, num_rounds = config.cohort.size, config.schedule.max_rounds
+            promise = config.privacy.plan(), size, num_rounds, 2 * record.num_parameters
+            notices += await workers.compute(sites_notices, *promise)
         if isinstance(downlink, LatticeDownlinkConfig) and not has_trained_weights:
             notices.append(
                 f"version 0 is sent rounded, with an error of {first_error(downlink, False):g}, as random weights can be; set "

@@ -25,7 +25,7 @@ from fed_server.config import (
     ScaffoldConfig,
     VariateConfig,
 )
-from fed_server.config_privacy import ExamplePrivacyConfig, LocalPrivacyConfig
+from fed_server.config_privacy import LocalPrivacyConfig, SitePrivacyConfig
 from fed_server.optim.base import ServerOptimizer
 from fed_server.optim.dynamic import Dynamic
 from fed_server.optim.registry import make_optimizer
@@ -60,9 +60,7 @@ def training_plan(config: RunConfig, assignment: AssignmentRecord, plateau: Plat
         num_threads=training.num_threads,
         objective=_objective(training.objective),
         measures=_measures(config) if is_training else (),
-        privacy=config.privacy.plan()
-        if isinstance(config.privacy, LocalPrivacyConfig | ExamplePrivacyConfig)
-        else None,
+        privacy=config.privacy.plan() if isinstance(config.privacy, SitePrivacyConfig) else None,
     )
 
 
@@ -152,10 +150,19 @@ def uplink_encoding(config: RunConfig) -> EncodingConfig:
 
 def run_grid_policy(config: RunConfig) -> GridPolicy:
     """The grid policy of a run. Raises ConfigError where it would be too coarse."""
+    reach = _noise_reach(config)
     if isinstance(config.rounds, BufferedConfig):
-        return grid_policy(config.cohort.size, ONE, config.aggregation.bound)
+        return grid_policy(config.cohort.size, ONE, config.aggregation.bound, reach)
     limit = num_selected(config.cohort.size, config.cohort.over_selection)
-    return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound)
+    return grid_policy(limit, config.aggregation.max_weight, config.aggregation.bound, reach)
+
+
+def _noise_reach(config: RunConfig) -> float:
+    """What no value of an honest update exceeds where the sites add noise to it: its chance to is below 2^-75."""
+    privacy = config.privacy
+    return (
+        privacy.clipping_norm * (1 + 10 * privacy.noise_multiplier) if isinstance(privacy, LocalPrivacyConfig) else 0.0
+    )
 
 
 # The losses that a round reckons with where they are not known yet, and what it reckons with at least and at most.

@@ -42,9 +42,11 @@ from fed_server.config import (
     RunConfig,
     ScaffoldConfig,
 )
+from fed_server.config_privacy import SitePrivacyConfig
 from fed_server.optim.average import decay_at
 from fed_server.optim.schedule import Plateau
 from fed_server.optim.state import open_steps
+from fed_server.privacy.promises import sites_claim
 from fed_server.rounds.broadcast import VARIATE, WHOLE, Broadcasts
 from fed_server.rounds.buffered import OWN_ROUND, Place
 from fed_server.rounds.cohort import Turns, broadcast_seed, client_seed
@@ -713,8 +715,11 @@ class LiveRun:
 
     @property
     def _version_notes(self) -> Mapping[str, str]:
-        """What a version's file says of itself besides its number."""
-        return {}
+        """What a version's file says of itself besides its number. Takes as long as an accountant does."""
+        privacy = self.config.privacy
+        if self.round is None or not isinstance(privacy, SitePrivacyConfig):
+            return {}
+        return {"privacy": sites_claim(privacy.plan(), self.round.round, 2 * self.record.num_parameters)}
 
     def _make_average(self, version: int, model_part: Path, average_part: Path) -> None:
         """Writes the average of the versions up to one that is made but not yet published; blocks."""

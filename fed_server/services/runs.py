@@ -12,8 +12,9 @@ from fed_core.errors import CorruptError, InvalidError, NotFoundError
 from fed_core.payload.frames import CHUNK_BYTES
 from fed_core.payload.verify import SegmentVerifier
 from fed_server.config import MAX_CONFIG_BYTES, parse_run_config
-from fed_server.config_privacy import CentralPrivacyConfig
+from fed_server.config_privacy import CentralPrivacyConfig, SitePrivacyConfig
 from fed_server.privacy.ledger import claim_after
+from fed_server.privacy.promises import sites_claim
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.membership import Membership, Progress
 from fed_server.rounds.private_run import project
@@ -177,6 +178,15 @@ class RunsService(runs_pb2_grpc.RunsServicer):
         record = await self._coordinator.find_run(request.run)
         config = parse_run_config(record.config_toml)
         privacy = config.privacy
+        if isinstance(privacy, SitePrivacyConfig):
+            plan, num_rounds, num_numbers = privacy.plan(), config.schedule.max_rounds, 2 * record.num_parameters
+            return runs_pb2.GetPrivacyResponse(
+                claim=await self._workers.compute(sites_claim, plan, num_rounds, num_numbers),
+                population=privacy.population,
+                delta=privacy.delta,
+                max_epsilon=privacy.max_epsilon or 0.0,
+                is_kept_by_sites=True,
+            )
         if not isinstance(privacy, CentralPrivacyConfig):
             raise NotFoundError(
                 f"run {record.name} promises no differential privacy; a run does whose config has [privacy] (docs/privacy.md)"
@@ -212,14 +222,19 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             lambda tx: (tx.models(run_id), tx.broadcasts(run_id), tx.charges(run_id))
         )
         deltas = {b.version: b.num_bytes for b in broadcasts if b.base_version == b.version - 1 >= 0}
+        privacy = parse_run_config(record.config_toml).privacy
+
+        def claims() -> list[str]:
+            """By version; version 0 is made of nobody's data."""
+            if isinstance(privacy, SitePrivacyConfig):
+                plan, num_numbers = privacy.plan(), 2 * record.num_parameters
+                return [sites_claim(plan, m.round, num_numbers) if m.round else "" for m in models]
+            return [claim_after(charged, m.round) if charged and m.round else "" for m in models]
+
+        claimed = await self._workers.compute(claims)
         return [
-            model_to_proto(
-                model,
-                record.best_version,
-                deltas.get(model.version, 0),
-                claim_after(charged, model.round) if charged and model.round else "",
-            )
-            for model in models
+            model_to_proto(model, record.best_version, deltas.get(model.version, 0), words)
+            for model, words in zip(models, claimed, strict=True)
         ]
 
     async def DownloadModel(

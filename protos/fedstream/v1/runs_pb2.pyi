@@ -682,8 +682,8 @@ class ModelVersion(_message.Message):
     delta_bytes: _builtins.int
     """Bytes of that delta; 0 where there is none."""
     privacy: _builtins.str
-    """What was spent up to and with it, in words that say unit, relation, sampling, delta, accountant and assumptions. Empty where the run
-    promises no differential privacy, and for version 0.
+    """What was spent up to and with it, in words that say unit, relation, sampling, delta, accountant and assumptions; where each site
+    keeps its own account, what the run asks of the sites. Empty where the run promises no differential privacy, and for version 0.
     """
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Metric]:
@@ -1301,6 +1301,7 @@ class GetPrivacyResponse(_message.Message):
     CHARGES_FIELD_NUMBER: _builtins.int
     PROJECTED_EPSILON_FIELD_NUMBER: _builtins.int
     AFFORDABLE_ROUNDS_FIELD_NUMBER: _builtins.int
+    IS_KEPT_BY_SITES_FIELD_NUMBER: _builtins.int
     claim: _builtins.str
     """The guarantee as it stands, in words that say unit, relation, sampling, delta, accountant and assumptions."""
     population: _builtins.str
@@ -1315,6 +1316,10 @@ class GetPrivacyResponse(_message.Message):
     """What the run will have spent after all its rounds, towards whoever sees released models only."""
     affordable_rounds: _builtins.int
     """Rounds that the budget still pays for, up to the run's last."""
+    is_kept_by_sites: _builtins.bool
+    """Each site protects its data by itself and keeps its own account. The claim is then what the run asks of the sites, for one that
+    sends an update in every round; max_epsilon is what one site may have spent, and there are no units, charges and projections.
+    """
     @_builtins.property
     def charges(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrivacyCharge]:
         """Every round that was charged."""
@@ -1330,10 +1335,11 @@ class GetPrivacyResponse(_message.Message):
         charges: _abc.Iterable[Global___PrivacyCharge] | None = ...,
         projected_epsilon: _builtins.float = ...,
         affordable_rounds: _builtins.int = ...,
+        is_kept_by_sites: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affordable_rounds", b"affordable_rounds", "charges", b"charges", "claim", b"claim", "delta", b"delta", "max_epsilon", b"max_epsilon", "num_units", b"num_units", "population", b"population", "projected_epsilon", b"projected_epsilon"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affordable_rounds", b"affordable_rounds", "charges", b"charges", "claim", b"claim", "delta", b"delta", "is_kept_by_sites", b"is_kept_by_sites", "max_epsilon", b"max_epsilon", "num_units", b"num_units", "population", b"population", "projected_epsilon", b"projected_epsilon"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
