@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fed_core.codecs.base import Encoding
 from fed_core.codecs.registry import CODECS_OF
 from fed_core.errors import DiskFullError, FedstreamError, InvalidError, NoLongerNeededError
 from fed_core.failpoints import failpoint
@@ -34,26 +32,22 @@ from fed_server.aggregation.registry import new_aggregator
 from fed_server.aggregation.validate import Expected
 from fed_server.aggregation.variate import WithVariate, variate_grid
 from fed_server.config import (
-    DeltaDownlinkConfig,
     FedNovaConfig,
     LatticeDownlinkConfig,
     QFedAvgConfig,
-    RawDownlinkConfig,
     RunConfig,
     ScaffoldConfig,
 )
 from fed_server.config_privacy import SitePrivacyConfig
-from fed_server.optim.average import decay_at
 from fed_server.optim.schedule import Plateau
-from fed_server.optim.state import open_steps
 from fed_server.privacy.promises import sites_claim
 from fed_server.rounds.broadcast import VARIATE, WHOLE, Broadcasts
 from fed_server.rounds.buffered import OWN_ROUND, Place
-from fed_server.rounds.cohort import Turns, broadcast_seed, client_seed
+from fed_server.rounds.cohort import Turns, client_seed
 from fed_server.rounds.decide import Decision, Member, RoundView, Verdict, decide, decide_evaluation
-from fed_server.rounds.downlink import lattice_for
 from fed_server.rounds.folding import Folding
 from fed_server.rounds.importance import SiteReport
+from fed_server.rounds.making import NextVersion, is_averaged, sends_deltas
 from fed_server.rounds.metrics import mean_metrics
 from fed_server.rounds.policy import (
     learning_rate,
@@ -63,23 +57,14 @@ from fed_server.rounds.policy import (
     plateau_after,
     population,
     run_grid_policy,
-    server_optimizer,
     stop_rules,
     training_plan,
 )
 from fed_server.rounds.signal import Signal
 from fed_server.rounds.stop import Best, stop_reason, update_best
 from fed_server.rounds.surroundings import Facilities, Surroundings
-from fed_server.rounds.variate import write_variate
 from fed_server.rounds.version import (
-    ChangeMeter,
-    MadeVersion,
-    VersionPaths,
     largest_values,
-    next_tile,
-    write_average,
-    write_encoded,
-    write_whole,
 )
 from fed_server.store.base import (
     AssignmentKind,
@@ -597,29 +582,19 @@ class LiveRun:
     async def _make_and_commit(self, aggregate: Aggregator) -> None:
         """Makes the next version of all that there is of the round."""
         assert self.round is not None
-        files, round = self._facilities.files, self.round
+        files, round, workers = self._facilities.files, self.round, self._facilities.workers
         version = self.record.model_version + 1
-        model_path, master_path = files.model_path(self.run_id, version), files.master_path(self.run_id, version)
-        optimizer_path = files.optimizer_path(self.run_id, version)
-        optimizer_part = files.temporary(optimizer_path)
-        average_path = files.average_path(self.run_id, version)
-        average_part = files.temporary(average_path)
-        variate_path = files.variate_path(self.run_id, version)
-        variate_part = files.temporary(variate_path)
-        parts = VersionPaths(
-            master=files.temporary(master_path),
-            model=files.temporary(model_path),
-            payload=files.temporary(files.payload_path(f"{self.run_id}-{version}")),
-        )
-        workers = self._facilities.workers
+        making = NextVersion(files, self.config, self.specs, self.models[round.base_version], version)
+        is_delta = sends_deltas(self.config)
         try:
             with files.disk_errors(f"making version {version}"):
-                made = await workers.compute(self._make_version, aggregate, version, parts, optimizer_part)
-                if self._is_averaged:
-                    await workers.compute(self._make_average, version, parts.model, average_part)
+                notes = await workers.compute(lambda: self._version_notes)
+                made = await workers.compute(making.write_version, aggregate, round.round, notes)
+                if is_averaged(self.config):
+                    await workers.compute(making.write_average)
                 if isinstance(aggregate, WithVariate):
                     sent = await self.broadcasts.variate(round.base_version)
-                    await workers.compute(self._make_variate, aggregate, sent, variate_part)
+                    await workers.compute(making.write_variate, aggregate, sent)
             model = ModelRecord(
                 run_id=self.run_id,
                 version=version,
@@ -634,12 +609,12 @@ class LiveRun:
                 num_examples=sum(a.num_examples for a in self._received(AssignmentKind.TRAIN)),
                 error=made.error,
                 gain=made.gain,
-                codecs=made.payload.codecs if self._sends_deltas else {},
+                codecs=made.payload.codecs if is_delta else {},
             )
             broadcast = BroadcastRecord(
                 run_id=self.run_id,
                 version=version,
-                base_version=round.base_version if self._sends_deltas else WHOLE,
+                base_version=round.base_version if is_delta else WHOLE,
                 digest=made.payload.digest.hex(),
                 num_bytes=made.payload.total_bytes,
                 created_time=model.created_time,
@@ -649,19 +624,11 @@ class LiveRun:
             async with self._moving, self._surroundings.files_lock:
                 if self.record.state is not RunState.ACTIVE:
                     return
-                await asyncio.gather(
-                    workers.disk(files.publish, parts.model, model_path),
-                    workers.disk(files.publish, parts.payload, files.payload_path(broadcast.digest)),
-                    *([workers.disk(files.publish, parts.master, master_path)] if self._sends_deltas else []),
-                    *([workers.disk(files.publish, optimizer_part, optimizer_path)] if self._keeps_state else []),
-                    *([workers.disk(files.publish, average_part, average_path)] if self._is_averaged else []),
-                    *([workers.disk(files.publish, variate_part, variate_path)] if self._has_variate else []),
-                )
+                await asyncio.gather(*(workers.disk(files.publish, part, path) for part, path in making.written))
                 failpoint("before-commit")
                 evaluators, committed = await self._commit(model, broadcast)
         finally:
-            for part in (parts.master, parts.model, parts.payload, optimizer_part, average_part, variate_part):
-                part.unlink(missing_ok=True)
+            making.discard()
         logger.info(
             "version committed",
             extra={"run": self.record.name, "round": round.round, "version": version, "updates": model.num_updates}
@@ -671,48 +638,6 @@ class LiveRun:
         if committed.state is RoundState.COMMITTED:
             await self._retire_versions()
 
-    def _make_version(
-        self, aggregate: Aggregator, version: int, parts: VersionPaths, optimizer_part: Path
-    ) -> MadeVersion:
-        """Writes the next version's files; blocks."""
-        assert self.round is not None
-        files, base = self._facilities.files, self.models[self.round.base_version]
-        with ExitStack() as opened:
-            steps = opened.enter_context(
-                open_steps(
-                    server_optimizer(self.config, self.round.round, aggregate.num_updates),
-                    self.specs,
-                    files.optimizer_path(self.run_id, base.version) if base.version > 0 else None,
-                    optimizer_part,
-                    {"run_id": self.run_id, "version": str(version)},
-                )
-            )
-            committed = opened.enter_context(SafetensorsReader(files.model_path(self.run_id, base.version)))
-            if not self._sends_deltas:
-                return write_whole(
-                    self.specs,
-                    next_tile(committed, aggregate, steps),
-                    parts.model,
-                    parts.payload,
-                    run_id=self.run_id,
-                    version=version,
-                    notes=self._version_notes,
-                )
-            master = opened.enter_context(SafetensorsReader(files.master_path(self.run_id, base.version)))
-            return write_encoded(
-                self.specs,
-                next_tile(master, aggregate, steps),
-                self._downlink_encoding,
-                parts,
-                run_id=self.run_id,
-                version=version,
-                seed=broadcast_seed(self.config.seed, version),
-                master=master,
-                base=committed,
-                base_digest=bytes.fromhex(base.payload_digest),
-                notes=self._version_notes,
-            )
-
     @property
     def _version_notes(self) -> Mapping[str, str]:
         """What a version's file says of itself besides its number. Takes as long as an accountant does."""
@@ -720,48 +645,6 @@ class LiveRun:
         if self.round is None or not isinstance(privacy, SitePrivacyConfig):
             return {}
         return {"privacy": sites_claim(privacy.plan(), self.round.round, 2 * self.record.num_parameters)}
-
-    def _make_average(self, version: int, model_part: Path, average_part: Path) -> None:
-        """Writes the average of the versions up to one that is made but not yet published; blocks."""
-        assert self.round is not None
-        files, base = self._facilities.files, self.round.base_version
-        before = files.average_path(self.run_id, base) if base > 0 else files.model_path(self.run_id, 0)
-        with SafetensorsReader(model_part) as model, SafetensorsReader(before) as average:
-            write_average(model, average, average_part, decay=decay_at(self.config.average.decay, version))
-
-    def _make_variate(self, aggregate: WithVariate, sent: BroadcastRecord | None, variate_part: Path) -> None:
-        """Writes the common variate that goes with the next version; blocks."""
-        assert self.round is not None
-        files, base = self._facilities.files, self.round.base_version
-        limit = population(self.config)
-        assert limit is not None
-        write_variate(
-            aggregate,
-            files.variate_path(self.run_id, base) if base > 0 else None,
-            files.payload_path(sent.digest) if sent is not None else None,
-            variate_part,
-            specs=self.specs,
-            population=limit,
-        )
-
-    @property
-    def _is_averaged(self) -> bool:
-        return self.config.average.decay > 0
-
-    @property
-    def _keeps_state(self) -> bool:
-        return bool(server_optimizer(self.config, 1).initial)
-
-    @property
-    def _sends_deltas(self) -> bool:
-        return not isinstance(self.config.downlink, RawDownlinkConfig)
-
-    def _downlink_encoding(self, change: ChangeMeter) -> Encoding:
-        downlink = self.config.downlink
-        if isinstance(downlink, DeltaDownlinkConfig):
-            return downlink.encoding
-        assert isinstance(downlink, LatticeDownlinkConfig)
-        return lattice_for(downlink, change, seed=self.config.seed)
 
     async def _commit(
         self, model: ModelRecord, broadcast: BroadcastRecord
@@ -848,7 +731,7 @@ class LiveRun:
             prefix = "coordinator." if self.config.evaluation.at == "both" else ""
             measured |= {prefix + name: value for name, value in here.items()}
             notes.append(note)
-            if self._is_averaged and not note:
+            if is_averaged(self.config) and not note:
                 here, note = await self._evaluate_here(files.average_path(self.run_id, version))
                 measured |= {f"average.{name}": value for name, value in here.items()}
                 notes.append(note)

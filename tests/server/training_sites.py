@@ -112,6 +112,8 @@ class TrainingSite:
                     },
                     "carry_to": str(self.carried.prefix(run_id, assignment_id)),
                     "common": common,
+                    "sent_metrics": {},
+                    "num_accounted": None,
                 },
                 lambda *_: None,
             )
