@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-algorithms bench-label-skew bench-poisoned bench-variates bench-feedback proto clean
+.PHONY: help setup demo test check bench bench-quick bench-codecs bench-bytes bench-algorithms bench-label-skew bench-poisoned bench-variates bench-feedback bench-privacy proto clean
 .DELETE_ON_ERROR:
 
 help: ## Say what can be made
@@ -61,6 +61,9 @@ bench-variates: .stamps/setup ## Measure SCAFFOLD when updates lose something (h
 
 bench-feedback: .stamps/setup ## Measure error feedback, EF21 and CAFe on coarse codecs (an hour for all rows)
 	@$(ONE_THREAD) .venv/bin/python -m benchmarks.feedback $(ARGS)
+
+bench-privacy: .stamps/setup ## Measure what privacy costs in accuracy (an hour for all rows; ARGS=--tune first)
+	@$(ONE_THREAD) .venv/bin/python -m benchmarks.privacy $(ARGS)
 
 proto: .stamps/setup .stamps/proto ## Format the contract and write its stubs anew
 	.venv/bin/buf format --write
