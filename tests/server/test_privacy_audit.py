@@ -356,7 +356,7 @@ def test_the_command_answers_in_json(path: Path, capsys: pytest.CaptureFixture[s
     assert len(answer["attempts"]) == len(WAYS)
 
 
-def test_noise_and_coins_of_the_command_are_not_the_seeds(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_noise_and_coins_of_the_command_are_not_the_seeds(path: Path) -> None:
     """Canaries repeat, what hides them does not."""
     config, few = parse_run_config(path.read_text()), make_canaries(200, 256, 5)
     assert (evidence(config, few, 1) != evidence(config, few, 1)).any()
