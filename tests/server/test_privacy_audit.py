@@ -71,7 +71,7 @@ def test_the_bound_is_the_published_one(
 
 
 @given(guesses=st.integers(20, 1000), wrong=st.integers(0, 8), error=st.floats(0.001, 0.2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_without_delta_the_bound_is_that_of_clopper_and_pearson(guesses: int, wrong: int, error: float) -> None:
     right = guesses - wrong
     share = float(beta.ppf(error, right, wrong + 1))
@@ -86,7 +86,7 @@ def test_without_delta_the_bound_is_that_of_clopper_and_pearson(guesses: int, wr
     epsilon=st.floats(0, 6),
     delta=st.floats(0, 0.01),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_private_mechanism_is_righter_than_the_bound_allows(
     canaries: int, part: float, right_part: float, epsilon: float, delta: float
 ) -> None:
@@ -101,7 +101,7 @@ def test_no_private_mechanism_is_righter_than_the_bound_allows(
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0, 4.0])
-@pytest.mark.parametrize("guesses", [50, 200])
+@pytest.mark.parametrize("guesses", [40, 120])
 def test_a_bound_exceeds_the_truth_as_rarely_as_it_says(epsilon: float, guesses: int) -> None:
     """Exactly, for the mechanism with the most right guesses: randomized response."""
     bounds = np.array([lower_bound(1000, guesses, right, 0.0, 0.05) for right in range(guesses + 1)])
@@ -117,12 +117,12 @@ def test_all_ways_to_guess_together_raise_few_false_alarms(monkeypatch: pytest.M
     """Ratios of a mechanism that is (1, 0)-private and says of each canary how sure it is."""
     monkeypatch.setattr("fed_server.privacy.audit.lower_bound", functools.cache(lower_bound))
     generator, alarms = np.random.default_rng(3), 0
-    for _ in range(300):
+    for _ in range(200):
         is_in = generator.random(NUM) < 0.5
         sure = generator.random(NUM)
         says = np.where(generator.random(NUM) < expit(sure), is_in, ~is_in)
         alarms += examine(np.where(says, sure, -sure), is_in, DELTA).contradicts(1.0)
-    assert alarms <= binom.isf(1e-4, 300, 0.05)
+    assert alarms <= binom.isf(1e-4, 200, 0.05)
 
 
 def test_the_likelihood_ratio_is_that_of_the_declared_mechanism() -> None:
@@ -300,11 +300,11 @@ def test_all_members_are_asked_whether_they_are_there_or_not(whole: RunConfig, c
     assert asked == [1.0] * NUM
 
 
-def test_scores_are_what_a_canary_added_over_its_norm(whole: RunConfig, canaries: Canaries) -> None:
+def test_scores_are_what_a_canary_added_over_its_norm(whole: RunConfig) -> None:
     """With a thousandth of the noise, the ratios of who is in are those of a score of 1."""
-    ratios = evidence(whole, canaries, 1, noise=keyed(1, 1e-3))
-    scores = ratios * 1.5**2 + 0.5
-    assert scores == pytest.approx(canaries.is_in.astype(float), abs=8 * 1.5e-3)
+    few = make_canaries(150, 300, 2)
+    ratios = evidence(whole, few, 1, noise=keyed(1, 1e-3))
+    assert ratios * 1.5**2 + 0.5 == pytest.approx(few.is_in.astype(float), abs=8 * 1.5e-3)
 
 
 # The command
