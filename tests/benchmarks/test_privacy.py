@@ -87,6 +87,20 @@ def test_a_run_spends_what_it_was_asked_to(mechanism: str) -> None:
     assert 0 <= row.accuracy <= 1
 
 
+@pytest.mark.parametrize("mechanism", ["fixed", "tree", "inverse", "buffered"])
+def test_noise_adds_up_to_what_the_table_says(mechanism: str) -> None:
+    """Rounds without updates: the sum of all releases so far."""
+    norm, num_parameters = 0.3, 500
+    declared = privacy.declared(mechanism, 8.0, norm, privacy.NUM_WRITERS, num_parameters)
+    nothing = torch.zeros(0, num_parameters)
+    released = [
+        privacy.noisy_sum(nothing, privacy.noise_of(mechanism, declared, 0, round), norm)[0]
+        for round in range(privacy.NUM_ROUNDS)
+    ]
+    found = float(torch.stack(released).cumsum(0).square().mean().sqrt()) / norm
+    assert found == pytest.approx(privacy.accumulated_noise(mechanism, declared.noise_multiplier), rel=0.08)
+
+
 def test_the_search_follows_what_is_better_and_keeps_to_its_budget() -> None:
     asked = []
 
