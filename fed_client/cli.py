@@ -361,9 +361,11 @@ def privacy(
 ) -> None:
     """Show what this site gave away of its data, in runs where it protects it by itself. Asks nobody: reads the state directory.
 
-    What was spent adds up by population, which the runs name, and by what is protected: all of the site's data, or its examples.
+    What was spent adds up by population, which the runs name, and by what is protected: the whole site, with all of its data, or
+    single examples.
     """
     from fed_client.privacy import PrivacyLedger, accounts
+    from fed_core.privacy.accounting import rounded_up
 
     with _exits():
         state = StateDirectory(state_dir or default_state_dir())
@@ -380,8 +382,9 @@ def privacy(
     table = Table("population", "protected", "assignments", "epsilon", "delta", "last")
     for each in found:
         last = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.last_time))
-        protected = "all of the site's data" if each.unit == "client" else "single examples"
-        table.add_row(each.population, protected, str(each.num_charged), f"{each.epsilon:.4g}", f"{each.delta:g}", last)
+        protected = "whole site" if each.unit == "client" else "examples"
+        figure = f"{rounded_up(each.epsilon, 4):g}"
+        table.add_row(each.population, protected, str(each.num_charged), figure, f"{each.delta:g}", last)
     console.print(table)
     for each in found:
         console.print(f"\n{each.population}: {each.claim}", markup=False, soft_wrap=True)
