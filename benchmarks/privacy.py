@@ -120,7 +120,7 @@ WHOLE: Final = ("tree", "inverse", "buffered")
 AIMS: Final = {8.0: 2.0, 3.0: 4.0}
 
 NUM_HELD: Final = 54
-NUM_TRIALS: Final = 8
+NUM_TRIALS: Final = 16
 TUNING_SEED: Final = 100
 BATCH_SIZE: Final = 32
 
@@ -137,8 +137,8 @@ class Setting:
 
 
 GRID: Final[dict[str, tuple[float, ...]]] = {
-    "gain": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
-    "learning_rate": (0.05, 0.1, 0.2, 0.4, 0.8),
+    "gain": (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    "learning_rate": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
     "clipping_norm": (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0),
     "momentum": (0.0, 0.5, 0.9),
 }
