@@ -93,6 +93,10 @@ LearningRate = Annotated[float | None, _option("Step size.", _OVERRIDES)]
 Epochs = Annotated[int | None, _option("Passes over the data.", _OVERRIDES)]
 Steps = Annotated[int | None, _option("Optimizer steps.", _OVERRIDES)]
 OptimizerOption = Annotated[str | None, _option("sgd, adam or adamw.", _OVERRIDES)]
+RequirePrivacy = Annotated[
+    bool,
+    _option("Take part only in runs that have this site protect its data by itself.", _SITE, "--require-privacy"),
+]
 MaxEpsilon = Annotated[
     float | None,
     _option("Epsilon that this site may spend, where it protects its data by itself; no limit unless given.", _SITE),
@@ -160,6 +164,7 @@ def run(
     epochs: Epochs = None,
     steps: Steps = None,
     optimizer: OptimizerOption = None,
+    require_privacy: RequirePrivacy = False,
     max_epsilon: MaxEpsilon = None,
     max_delta: MaxDelta = None,
     log_format: LogFormatOption = None,

@@ -221,20 +221,25 @@ class SiteAccount:
                 f"a noise multiplier of {privacy.noise_multiplier:g} gives no guarantee at all; raise privacy.noise_multiplier"
             )
         if privacy.max_epsilon is not None and charge.epsilon > privacy.max_epsilon:
-            before = spent(of_population, privacy.delta)
             raise InvalidError(
-                f"privacy budget: this would bring what this site spent on population {privacy.population!r} from epsilon "
-                f"{before:.4g} to {charge.epsilon:.4g} at delta {privacy.delta:g}, above the run's limit of "
-                f"{privacy.max_epsilon:g}; submit a run with more noise or a higher privacy.max_epsilon, or on another population"
+                f"privacy budget: this would bring what this site spent on population {privacy.population!r} "
+                f"{_figures(of_population, charge, privacy.delta)}above the run's limit of epsilon {privacy.max_epsilon:g} at "
+                f"delta {privacy.delta:g}; submit a run with more noise or a higher privacy.max_epsilon, or on another population"
             )
         most = self._limits.max_epsilon
-        if most is not None and (whole := spent([*earlier, charge], privacy.delta)) > most:
-            before = spent(earlier, privacy.delta)
+        if most is not None and spent([*earlier, charge], privacy.delta) > most:
             raise InvalidError(
-                f"privacy budget: this would bring what this site spent on population {privacy.population!r} and all others from "
-                f"epsilon {before:.4g} to {whole:.4g} at delta {privacy.delta:g}, above the site's own limit of {most:g}; ask its "
-                "administrator to raise max_epsilon"
+                f"privacy budget: this would bring what this site spent on population {privacy.population!r} and all others "
+                f"{_figures(earlier, charge, privacy.delta)}above the site's own limit of epsilon {most:g} at delta "
+                f"{privacy.delta:g}; ask its administrator to raise max_epsilon"
             )
+
+
+def _figures(earlier: Sequence[Charge], charge: Charge, delta: float) -> str:
+    """From which epsilon to which; nothing where one could tell from it how many examples there are."""
+    if charge.mechanism.unit != "client":
+        return ""
+    return f"from epsilon {spent(earlier, delta):.4g} to {spent([*earlier, charge], delta):.4g}, "
 
 
 def spent(charges: Iterable[Charge], delta: float) -> float:

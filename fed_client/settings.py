@@ -170,6 +170,9 @@ class Settings(BaseSettings):
     device: Device = Field("auto", description="Where to train; auto takes cuda, then mps, then cpu")
     overrides: Overrides = Overrides()
 
+    require_privacy: bool = Field(
+        default=False, description="Take part only in runs that have this site protect its data by itself"
+    )
     max_epsilon: float | None = Field(
         default=None,
         gt=0,

@@ -124,8 +124,13 @@ class Worker:
             fetches=len(fetches),
             fetch_bytes=sum(payload.total_bytes for payload in fetches),
             reads=str(self._settings.data) if self._settings.data else "what the workload reads",
-            sends=f"update of the shared tensors, encoded as {encoding}; metrics" if is_training else "metrics",
+            sends=_what_is_sent(held, encoding),
         )
+        if self._settings.require_privacy and not held.protects_data:
+            raise InvalidError(
+                'this site takes part only in runs that have it protect its data by itself: submit one with privacy.kind = "local" '
+                'or "examples", or ask its administrator to take require_privacy back'
+            )
         self._table.move(held, common_pb2.WORK_PHASE_DOWNLOADING)
 
         def downloaded(done: int, total: int) -> None:
@@ -318,6 +323,13 @@ def encoding_name(uplink: str) -> str:
         return repr(uplink[:100])
     options = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
     return f"{kind} ({options})" if options else kind
+
+
+def _what_is_sent(held: Held, encoding: str) -> str:
+    if held.assignment.kind != common_pb2.ASSIGNMENT_KIND_TRAIN:
+        return "metrics"
+    update = f"update of the shared tensors, encoded as {encoding}"
+    return f"{update}, after it was protected; nothing else" if held.protects_data else f"{update}; metrics"
 
 
 def verdict_of(held: Held, error: Exception) -> participation_pb2.ReportFailureRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -230,8 +231,8 @@ def test_the_limit_of_the_run_stops_its_population_and_no_other(path: Path) -> N
         charged(account, limited, "a2")
     assert str(refused.value) == (
         f"privacy budget: this would bring what this site spent on population 'wards' from epsilon {local_epsilon(2):.4g} to "
-        f"{local_epsilon(3):.4g} at delta 0.001, above the run's limit of {limited.max_epsilon:g}; submit a run with more noise or "
-        "a higher privacy.max_epsilon, or on another population"
+        f"{local_epsilon(3):.4g}, above the run's limit of epsilon {limited.max_epsilon:g} at delta 0.001; submit a run with more "
+        "noise or a higher privacy.max_epsilon, or on another population"
     )
     assert len(ledger.charges()) == 2
     charged(opened(path)[1], replace(limited, population="others"), "a3")
@@ -243,12 +244,13 @@ def test_the_limit_of_the_site_counts_all_populations_for_they_are_the_same_data
     charged(account, LOCAL, "a1")
     charged(account, replace(LOCAL, population="others"), "a2")
     with pytest.raises(
-        InvalidError, match=rf"above the site's own limit of {most:g}; ask its administrator to raise max_epsilon"
+        InvalidError,
+        match=rf"above the site's own limit of epsilon {most:g} at delta 0.001; ask its administrator to raise",
     ):
         charged(account, replace(LOCAL, population="third"), "a3")
     assert len(ledger.charges()) == 2
     # At another delta what was spent is another figure: it is reckoned anew, not compared with what once was written down.
-    with pytest.raises(InvalidError, match="at delta 1e-06, above the site's own limit"):
+    with pytest.raises(InvalidError, match=r"above the site's own limit of epsilon \S+ at delta 1e-06"):
         charged(opened(path, Limits(most, 0.01))[1], replace(LOCAL, delta=1e-6, noise_multiplier=16.0), "a4")
 
 
@@ -284,6 +286,9 @@ def test_no_refusal_says_how_many_examples_there_are(path: Path) -> None:
         assert ledger.charges() == []
     assert "above the run's limit" in said[0]
     assert "above the site's own limit" in said[1]
+    # Nor a figure that says so to whoever knows the accountant: epsilon hangs on the rate of the coins.
+    for text in said[:2]:
+        assert re.findall(r"[0-9.e-]*[0-9]", text) == ["0.001", "0.0001"], text
     assert "is not below 1 / the number of this site's examples" in said[2]
     assert not any(str(number) in text for text in said for number in (640, 1 / 640, 8 / 640))
     assert charged(opened(path)[1], EXAMPLES).metrics == {}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fed_client.privacy import Charge, PrivacyLedger
-from fedstream.v1 import runs_pb2
+from fedstream.v1 import common_pb2, runs_pb2
 from tests.faults.processes import Federation, Site, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("site-privacy")]
@@ -92,7 +92,7 @@ def test_killed_at_the_charge_a_site_still_stops_at_its_budget(federation: Feder
     report = federation.over(name)
     assert report.run.state == runs_pb2.RUN_STATE_FAILED
     assert report.run.model_version == 1
-    assert "above the run's limit of 1.25" in report.run.reason
+    assert "above the run's limit of epsilon 1.25" in report.run.reason
     assert len(charges(site, name)) == 1
 
 
@@ -140,3 +140,25 @@ def test_a_model_that_mixes_examples_fails_the_run_by_name_with_the_cure(federat
     report = federation.over("mixed")
     assert report.run.state == runs_pb2.RUN_STATE_FAILED
     assert "norm (BatchNorm1d): use GroupNorm or LayerNorm, which do not mix examples" in report.run.reason
+
+
+def test_while_it_trains_a_site_says_that_and_no_more(federation: Federation) -> None:
+    """Steps would tell how much data there is, and losses what is in it."""
+    seen = {}
+    for name, privacy in (("said", ""), ("unsaid", local("unsaid"))):
+        for site in federation.sites:
+            site.trouble("sleep 0.5")
+        federation.submit(name, privacy=privacy, **UNIFORM)
+        training = []
+        while federation.report(name).run.state == runs_pb2.RUN_STATE_ACTIVE:
+            now = federation.assignment(name, federation.sites[0])
+            if now is not None and now.phase == common_pb2.WORK_PHASE_TRAINING:
+                training.append((now.done, now.total))
+        assert training
+        seen[name] = max(training)
+        report = federation.finished(name)
+        # All of them say so of their data: 64 examples, 4 steps.
+        member = next(client for client in report.rounds[0].clients)
+        assert (member.num_examples, member.num_steps) == ((64, 4) if name == "said" else (1, 0))
+    assert seen["said"][1] == 4
+    assert seen["unsaid"] == (0, 0)

@@ -43,7 +43,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """A coordinator and three sites, the last of which allows little."""
     folder = tmp_path_factory.mktemp("privacy")
     coordinator = Coordinator(folder / "coordinator")
-    options = (("--label", "ward=ab"), ("--label", "ward=ab"), ("--max-epsilon", str(LIMIT)))
+    options = (("--label", "ward=ab"), ("--label", "ward=ab"), ("--max-epsilon", str(LIMIT), "--require-privacy"))
     made = [
         SmallSite(f"site-{letter}", folder / letter, coordinator, seed, *options[seed])
         for seed, letter in enumerate("abc")
@@ -183,6 +183,18 @@ def test_a_site_refuses_what_its_administrator_does_not_allow(sites: Federation)
     report = sites.over("too-much")
     assert report.run.state == runs_pb2.RUN_STATE_FAILED
     assert report.run.model_version == 0
-    assert f"above the site's own limit of {LIMIT:g}; ask its administrator to raise max_epsilon" in report.run.reason
+    assert (
+        f"above the site's own limit of epsilon {LIMIT:g} at delta {DELTA:g}; ask its administrator"
+        in report.run.reason
+    )
     assert len(charges(site)) == before
     assert not site.spooled()
+
+
+def test_a_site_that_asks_for_privacy_takes_part_in_no_run_without(sites: Federation) -> None:
+    site = sites.sites[2]
+    submit(sites, "bare", '{ kind = "none" }', rounds=1, site=site.name)
+    report = sites.over("bare")
+    assert report.run.state == runs_pb2.RUN_STATE_FAILED
+    assert "takes part only in runs that have it protect its data by itself" in report.run.reason
+    assert not site.events("trained", run=report.run.run_id)
