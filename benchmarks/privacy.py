@@ -24,11 +24,12 @@ own, on vectors instead of payload files. `check`, which begins every measuremen
 what the coordinator's PrivateSum releases or a client's device sends, what is declared with what the coordinator would declare, and
 the training of many writers at once with a client's.
 
-`--tune` tries NUM_TRIALS settings for each mechanism at epsilon 8 and 3, by the same search from the same start, on writers who are
-held out (`writers_of`), and the best is for the rows that follow; epsilon 1 takes that of 3. The trials themselves are not
-accounted for: who tunes on data that is to be protected pays for that, too. Accuracy is of the 10,000 test images, written by
-others. Trials and rows are merged into benchmarks/results/privacy.json one by one, and those that are there are not measured again:
-after a change of what is measured, take them out. The plot is docs/images/privacy.png.
+`--tune` tries at most NUM_TRIALS settings for each mechanism at epsilon 8 and 3, by the same search from the same start, on writers
+who are held out (`writers_of`); it ends earlier where no neighbour of the best on the grid is better. The best is for the rows that
+follow; epsilon 1 takes that of 3. The trials themselves are not accounted for: who tunes on data that is to be protected pays for
+that, too. Accuracy is of the 10,000 test images, written by others. Trials and rows are merged into
+benchmarks/results/privacy.json one by one, and those that are there are not measured again: after a change of what is measured,
+take them out. The plot is docs/images/privacy.png.
 
 Data: DIR of --data (default: FEDSTREAM_DATA, else ../shared/data beside the repository) holds `mnist` with writers.npz.
 """
@@ -137,7 +138,7 @@ class Setting:
 
 
 GRID: Final[dict[str, tuple[float, ...]]] = {
-    "gain": (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    "gain": (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
     "learning_rate": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
     "clipping_norm": (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0),
     "momentum": (0.0, 0.5, 0.9),
@@ -584,8 +585,8 @@ def check_training(model: nn.Module) -> None:
 
 
 def search(measure: Callable[[Setting], float], names: Sequence[str], num_trials: int) -> Setting:
-    """The best of so many settings: it tries the neighbours on the grid of the best so far, figure after figure, and goes on from
-    the first that is better. `names` are the figures that count."""
+    """The best of at most so many settings: it tries the neighbours on the grid of the best so far, figure after figure, and goes
+    on from the first that is better. `names` are the figures that count."""
     best = Setting()
     tried = {best: measure(best)}
     while len(tried) < num_trials:
