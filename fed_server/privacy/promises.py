@@ -21,12 +21,13 @@ def sites_claim(plan: PrivacyPlan, count: int, num_numbers: int) -> str:
     """The guarantee in words for a site that sent `count` updates, each of at most `num_numbers` numbers. Takes as long as the
     accountant does."""
     if plan.kind == "local":
-        one, all_of_them = (claimed_epsilon(plan, each, num_numbers) for each in (1, count))
+        one, whole = (claimed_epsilon(plan, each, num_numbers) for each in (1, count))
         spends = [Spend(local(plan.clipping_norm, plan.noise_multiplier), count)]
-        words = claim(spends, all_of_them, plan.delta, count * num_numbers * _DISTANCE_PER_NUMBER)
+        words = claim(spends, whole, plan.delta, count * num_numbers * _DISTANCE_PER_NUMBER)
         return (
-            "Local differential privacy for each site, towards everybody, the coordinator included. What a site has spent that sent "
-            f"{count:,} update{'s' if count > 1 else ''}: {words} One update costs epsilon {rounded_up(one.reported, 4):g}.{_limit(plan)} {_KEPT_BY_SITES}"
+            "Local differential privacy for each site, towards everybody, the coordinator included. What a site has spent that "
+            f"sent {count:,} update{'s' if count > 1 else ''}: {words} One update costs epsilon "
+            f"{rounded_up(one.reported, 4):g}.{_limit(plan)} {_KEPT_BY_SITES}"
         )
     return (
         "Example-level differential privacy for the data of each site, towards everybody, the coordinator included: DP-SGD with "
