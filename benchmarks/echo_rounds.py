@@ -7,8 +7,8 @@ its own example count, really encoded every round; the coordinator stores, verif
 Light clients keep their model and their update in memory instead of cache and spool. Everything runs on loopback. Seconds are
 the median between two commits, the first round left out. `raw` sends float32 both ways, `uniform 8` 8 bits both ways, `raw, adam`
 float32 with a server optimizer that keeps two more models, `raw, private` float32 of clients that are all asked, with central
-differential privacy: every update is cut, and the sum gets noise. 200 clients are threads of eight processes. The event loop's lag is the
-coordinator's own figure (fed_server/telemetry.py): the end of the bucket in which the 99th percentile lies.
+differential privacy: every update is cut, and the sum gets noise. 200 clients are threads of eight processes. The event loop's lag
+is the coordinator's own figure (fed_server/telemetry.py): the end of the bucket in which the 99th percentile lies.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ SYSTEMS = {
 }
 SYSTEMS["raw, adam"] = SYSTEMS["raw"] + '[server_optimizer]\nkind = "adam"\n'
 SYSTEMS["raw, private"] = (
-    SYSTEMS["raw"] + '[aggregation]\nkind = "mean"\nweighting = "uniform"\n[privacy]\nkind = "central"\nsampling_rate = 1.0\n'
+    SYSTEMS["raw"]
+    + '[aggregation]\nkind = "mean"\nweighting = "uniform"\n[privacy]\nkind = "central"\nsampling_rate = 1.0\n'
     'noise_multiplier = 4.0\ndelta = 1e-3\nclipping = { kind = "fixed", norm = 1.0 }\n'
 )
 ONLY_AT = {"raw, adam": ("10M:8",), "raw, private": ("10M:8",)}
@@ -329,7 +330,10 @@ def aims(rows: list[Row]) -> list[dict[str, Any]]:
     )
     listed.append(("raw 10M x 8: processor seconds a round over floor (b)", spent, 1.5, "ratio"))
     plain, private = (
-        (figure("10M", 8, f"fedstream {name}", "seconds"), figure("10M", 8, f"fedstream {name}", "cpu_seconds_per_round"))
+        (
+            figure("10M", 8, f"fedstream {name}", "seconds"),
+            figure("10M", 8, f"fedstream {name}", "cpu_seconds_per_round"),
+        )
         for name in ("raw", "raw, private")
     )
     added = (private[1] - plain[1]) / SIZES["10M"] * 1e9 if private[1] is not None and plain[1] is not None else None
