@@ -79,6 +79,7 @@ from fed_core.privacy.clipping import (
 )
 from fed_core.privacy.correlated import Factorization, rms_error
 from fed_core.privacy.mechanism import (
+    DISTANCE_PER_NUMBER,
     Correlation,
     Everyone,
     Mechanism,
@@ -113,8 +114,6 @@ TUNED: Final = (8.0, 3.0)
 AVERAGE_DECAY: Final = 0.9
 QUANTILE: Final = 0.5
 QUANTILE_RATE: Final = 0.2
-# Above the distance of a number that is drawn from one of the ideal noise (`GridGaussian.failure`).
-DISTANCE: Final = 2.0**-77
 MECHANISMS: Final = ("none", "fixed", "adaptive", "tree", "inverse", "buffered", "local")
 WITH_COINS: Final = ("none", "fixed", "adaptive")
 WHOLE: Final = ("tree", "inverse", "buffered")
@@ -435,7 +434,7 @@ def run(writers: Writers, mechanism: str, epsilon_: float, seed: int, setting: S
         average = blend(average, weights.clone(), decay_at(AVERAGE_DECAY, round + 1))
     # A correlated event pays for all rounds, and a writer pays for those in which that writer's device sends something.
     spends = spends[:1] if mechanism in WHOLE else spends[:: NUM_GROUPS if mechanism == "local" else 1]
-    distance = NUM_ROUNDS * (num_parameters + 1) * DISTANCE
+    distance = NUM_ROUNDS * (num_parameters + 1) * DISTANCE_PER_NUMBER
     return Row(
         mechanism,
         epsilon_,

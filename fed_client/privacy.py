@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isinf
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from blake3 import blake3
 
@@ -28,11 +28,8 @@ from fed_core.errors import InvalidError
 from fed_core.plan import PrivacyPlan, TrainingPlan
 from fed_core.privacy import accounting
 from fed_core.privacy.accounting import Spend
-from fed_core.privacy.mechanism import Mechanism, Unit, example_poisson, local
+from fed_core.privacy.mechanism import DISTANCE_PER_NUMBER, Mechanism, Unit, example_poisson, local
 from fedstream.v1 import participation_pb2
-
-DISTANCE_PER_NUMBER: Final = 2.0**-77
-"""Total variation distance of one drawn number from the ideal, at most (fed_core/privacy/noise.py, which needs torch)."""
 
 
 class LedgerError(InvalidError):

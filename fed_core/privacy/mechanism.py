@@ -28,6 +28,9 @@ from fed_core.errors import ConfigError
 Unit = Literal["client", "example"]
 Relation = Literal["add_remove", "replace_one"]
 
+DISTANCE_PER_NUMBER: Final = 2.0**-77
+"""Total variation distance of one drawn number from the Gaussian rounded to the grid, at most (noise.py, which needs torch)."""
+
 # By how many clipping norms a sum moves between neighbours.
 CLIPPING_NORMS: Final[Mapping[Relation, int]] = {"add_remove": 1, "replace_one": 2}
 

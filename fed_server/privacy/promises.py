@@ -6,14 +6,12 @@ from functools import lru_cache
 
 from fed_core.plan import PrivacyPlan
 from fed_core.privacy.accounting import Epsilon, Spend, check_delta, claim, epsilon, rounded_up
-from fed_core.privacy.mechanism import local
+from fed_core.privacy.mechanism import DISTANCE_PER_NUMBER, local
 
 _KEPT_BY_SITES = (
     "Given by each site itself, which keeps its own account: `fed-client privacy` there shows what it spent. The coordinator "
     "cannot see whether a site does as it was told."
 )
-# Total variation distance of one drawn number from the ideal, at most (fed_core/privacy/noise.py).
-_DISTANCE_PER_NUMBER = 2.0**-77
 
 
 @lru_cache(maxsize=4096)
@@ -23,7 +21,7 @@ def sites_claim(plan: PrivacyPlan, count: int, num_numbers: int) -> str:
     if plan.kind == "local":
         one, whole = (claimed_epsilon(plan, each, num_numbers) for each in (1, count))
         spends = [Spend(local(plan.clipping_norm, plan.noise_multiplier), count)]
-        words = claim(spends, whole, plan.delta, count * num_numbers * _DISTANCE_PER_NUMBER)
+        words = claim(spends, whole, plan.delta, count * num_numbers * DISTANCE_PER_NUMBER)
         return (
             "Local differential privacy for each site, towards everybody, the coordinator included. What a site has spent that "
             f"sent {count:,} update{'s' if count > 1 else ''}: {words} One update costs epsilon "
@@ -42,7 +40,7 @@ def sites_claim(plan: PrivacyPlan, count: int, num_numbers: int) -> str:
 def claimed_epsilon(plan: PrivacyPlan, count: int, num_numbers: int) -> Epsilon:
     """What `count` updates cost a site by local noise. Takes as long as the accountant does."""
     mechanism = local(plan.clipping_norm, plan.noise_multiplier)
-    return epsilon([Spend(mechanism, count)], plan.delta, distance=count * num_numbers * _DISTANCE_PER_NUMBER)
+    return epsilon([Spend(mechanism, count)], plan.delta, distance=count * num_numbers * DISTANCE_PER_NUMBER)
 
 
 def sites_notices(plan: PrivacyPlan, cohort_size: int, num_rounds: int, num_numbers: int) -> list[str]:
