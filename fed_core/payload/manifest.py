@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
 
 from blake3 import blake3
@@ -361,8 +361,11 @@ def _check_structure(data: bytes, shape_of_all: Mapping[int, _Shape] = _MANIFEST
                 pending.append((at, stop, shape.message))
 
 
-def _read_specs(message: payload_pb2.Manifest) -> list[TensorSpec]:
-    specs = message.specs
+# Specs up to so long are remembered once they were read: a run's payloads all carry the same.
+_MAX_KNOWN_SPECS_BYTES = 2**18
+
+
+def _read_specs(message: payload_pb2.Manifest) -> Sequence[TensorSpec]:
     if message.packed_specs:
         if message.HasField("specs"):
             raise PayloadError("the manifest holds its specs twice")
@@ -373,14 +376,27 @@ def _read_specs(message: payload_pb2.Manifest) -> list[TensorSpec]:
             raise PayloadError(f"the specs cannot be unpacked: {error}") from error
         if not unpacker.eof or unpacker.unused_data:
             raise PayloadError(f"the specs unpack to more than {limits.MAX_SPECS_BYTES} bytes, or not wholly")
-        _check_structure(data, _SPECS_SHAPE)
-        try:
-            specs = payload_pb2.TensorSpecs.FromString(data)
-        except DecodeError as error:
-            raise PayloadError(f"the specs cannot be parsed: {error}") from error
-    if len(specs.specs) != len(message.tensors):
-        raise PayloadError(f"the manifest holds {len(specs.specs)} specs and {len(message.tensors)} tensors")
-    read = [from_proto(spec) for spec in specs.specs]
+        specs = _parse_known_specs(data) if len(data) <= _MAX_KNOWN_SPECS_BYTES else _parse_specs(data)
+    else:
+        specs = _checked_specs(message.specs)
+    if len(specs) != len(message.tensors):
+        raise PayloadError(f"the manifest holds {len(specs)} specs and {len(message.tensors)} tensors")
+    return specs
+
+
+def _parse_specs(data: bytes) -> tuple[TensorSpec, ...]:
+    _check_structure(data, _SPECS_SHAPE)
+    try:
+        return _checked_specs(payload_pb2.TensorSpecs.FromString(data))
+    except DecodeError as error:
+        raise PayloadError(f"the specs cannot be parsed: {error}") from error
+
+
+_parse_known_specs = lru_cache(maxsize=8)(_parse_specs)
+
+
+def _checked_specs(specs: payload_pb2.TensorSpecs) -> tuple[TensorSpec, ...]:
+    read = tuple(from_proto(spec) for spec in specs.specs)
     names: set[str] = set()
     for spec in read:
         if spec.name in names:

@@ -25,7 +25,7 @@ from fed_core.errors import (
 from fed_core.failpoints import failpoint
 from fed_core.payload.frames import pack_chunk, parse_frame, plan_chunks
 from fed_core.payload.limits import PREAMBLE_BYTES
-from fed_core.payload.manifest import parse_manifest, parse_preamble
+from fed_core.payload.manifest import Manifest, parse_manifest, parse_preamble
 from fed_server.rounds.coordinator import Coordinator
 from fed_server.rounds.workers import Workers
 from fed_server.services.convert import broadcast_to_proto, timestamp
@@ -42,6 +42,8 @@ RETRY_WINDOW_SECONDS = 2.0
 
 # A stream on which nothing moves for so long is given up: the peer resumes.
 STALL_SECONDS = 90.0
+
+_MAX_MANIFESTS = 8
 
 # What gRPC puts before every message on the connection.
 _FRAMING_BYTES = 5
@@ -91,6 +93,8 @@ class TransferService:
         self._files = files
         self._slots = asyncio.Semaphore(max_concurrent_transfers)
         self._frames = FrameCache(workers)
+        # Of the last few payloads that were sent.
+        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._num_updates = telemetry.updates
         self._uplink_bytes = telemetry.bulk_bytes.labels("uplink")
         self._downlink_bytes = telemetry.bulk_bytes.labels("downlink")
@@ -127,19 +131,22 @@ class TransferService:
             raise OffsetError(f"offset {request.offset} of a payload of {payload.num_bytes} bytes", offset=0)
         async with self._slot():
             try:
-                file, chunks = await self._workers.disk(
-                    _open_payload, self._files.payload_path(payload.digest), request.offset
-                )
+                path, known = self._files.payload_path(payload.digest), self._manifests.get(payload.digest)
+                file, manifest = await self._workers.disk(_open_payload, path, known)
             except FileNotFoundError:
                 await run.broadcasts.lose(payload)
                 raise NotFoundError("the payload is no longer kept; poll again") from None
+            self._manifests[payload.digest] = manifest
+            if len(self._manifests) > _MAX_MANIFESTS:
+                self._manifests.popitem(last=False)
             try:
                 run.count_download(assignment.assignment_id, payload.digest, payload.num_bytes)
                 header = transfer_pb2.DownloadHeader(payload=broadcast_to_proto(payload))
                 first = transfer_pb2.DownloadResponse(header=header).SerializeToString()
                 await context.write(first)
                 run.count_traffic(assignment.assignment_id, downlink_wire_bytes=len(first) + _FRAMING_BYTES)
-                for offset, length in chunks:
+                # They end with segments where they can, so that the receiver seldom joins two to check one.
+                for offset, length in plan_chunks(manifest, request.offset):
                     frame = await self._frames.get(payload.digest, file, offset, length)
                     async with asyncio.timeout(STALL_SECONDS):
                         await context.write(frame)
@@ -280,13 +287,14 @@ class TransferService:
                 del self._streams[assignment_id]
 
 
-def _open_payload(path: Path, offset: int) -> tuple[int, list[tuple[int, int]]]:
-    """The open file, and its chunks: they end with segments where they can, so that the receiver seldom joins two to check one."""
+def _open_payload(path: Path, known: Manifest | None) -> tuple[int, Manifest]:
+    """The open file, and its manifest, which is read unless it is known."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        if known is not None:
+            return file, known
         preamble = parse_preamble(os.pread(file, PREAMBLE_BYTES, 0))
-        manifest = parse_manifest(preamble, os.pread(file, preamble.manifest_bytes, PREAMBLE_BYTES))
-        return file, list(plan_chunks(manifest, offset))
+        return file, parse_manifest(preamble, os.pread(file, preamble.manifest_bytes, PREAMBLE_BYTES))
     except BaseException:
         os.close(file)
         raise
