@@ -264,7 +264,9 @@ def models_table(models: Sequence[runs_pb2.ModelVersion], now: float, width: int
         ]
         row += [Text(model.digest.hex()[:12], style="dim")] if is_wide else []
         table.add_row(*row, style="" if model.is_available else "dim")
-    return table
+    if not models or not models[-1].privacy:
+        return table
+    return Group(table, Text(), Text(f"Privacy, up to version {models[-1].version}: {models[-1].privacy}"))
 
 
 def _metric_names(measured: Iterable[Mapping[str, float]], *, most: int) -> list[str]:
@@ -281,9 +283,13 @@ def model_summary(model: runs_pb2.ModelVersion) -> RenderableType:
         grid.add_row(name, format_metric(value))
     if model.round:
         grid.add_row("round", f"{model.round}, from version {model.parent_version}")
-        grid.add_row("made of", f"{model.num_updates} updates, {model.num_examples:,} examples")
+        # A private run tells neither.
+        if model.num_updates:
+            grid.add_row("made of", f"{model.num_updates} updates, {model.num_examples:,} examples")
     grid.add_row("file", format_bytes(model.file_bytes) if model.is_available else "no longer kept")
     grid.add_row("digest", model.digest.hex())
+    if model.privacy:
+        grid.add_row("privacy", Text(model.privacy))
     return grid
 
 
@@ -629,6 +635,8 @@ def report(response: runs_pb2.GetReportResponse, width: int) -> RenderableType:
         grid.add_row("best", f"version {best.version}" + (f" ({measured})" if measured else ""))
         if best.is_available:
             grid.add_row("", Text(f"fedctl model download {run.name} --version best", style="dim"))
+    if response.models and response.models[-1].privacy:
+        grid.add_row("privacy", Text(response.models[-1].privacy))
     parts.append(grid)
     return Group(*parts)
 

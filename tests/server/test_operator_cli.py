@@ -288,6 +288,8 @@ async def test_a_private_run_tells_what_it_has_spent(house: House, fedctl: Fedct
     assert "Nothing more will be charged." in shown
     assert "adding or removing one of them" in shown
     assert json.loads((await fedctl("privacy", "show", "test", "--json")).out)["population"] == "default"
+    for told in (("run", "report"), ("model", "list"), ("model", "best")):
+        assert "0.01)-differential privacy over 2 releases" in (await fedctl(*told, "test")).out
     (await fedctl.submit(config("plain")))
     refused = await fedctl("privacy", "show", "plain")
     assert refused.code != 0
