@@ -23,7 +23,7 @@ demo: .stamps/setup ## A coordinator and three clients train the digits, with li
 	@$(ONE_THREAD) .venv/bin/python -m examples.digits.demo $(ARGS)
 
 test: .stamps/setup ## Run the tests; ARGS='-k upload' chooses
-	@$(ONE_THREAD) .venv/bin/pytest -n 3 --dist loadgroup $(ARGS)
+	@$(ONE_THREAD) .venv/bin/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: .stamps/setup .stamps/proto ## Format, lint, types, import arrows, the contract and its stubs, the compose file
 	.venv/bin/ruff format --check --quiet .
