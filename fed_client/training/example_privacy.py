@@ -42,7 +42,7 @@ from torch.optim import Optimizer
 from fed_client.training.refusal import CannotDoError
 from fed_core.errors import InvalidError
 from fed_core.plan import PrivacyPlan
-from fed_core.privacy.clipping import clip_factor, max_squared_steps, step_exponent
+from fed_core.privacy.clipping import clip_factor, max_squared_steps, step_exponent, toward_zero_
 from fed_core.privacy.noise import GridGaussian, NoiseStream
 
 # Columns of a gradient of all examples that are widened at once.
@@ -183,7 +183,7 @@ class ExampleNoise:
             part.zero_()
             if sample is not None:
                 wide = sample[:, start : start + _TILE].double()
-                steps = wide.mul_(scales.to(wide.device)).trunc_().cpu()
+                steps = toward_zero_(wide.mul_(scales.to(wide.device)).cpu())
                 steps[is_out] = 0
                 squared += torch.einsum("ij,ij->i", steps, steps)
                 torch.sum(steps, dim=0, out=part)
