@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Mode = Literal["central", "local", "examples"]
 
 ClippingNorm = Annotated[float, Field(gt=0, le=1e6)]
+Delta = Annotated[float, Field(gt=0, lt=1)]
+Budget = Annotated[float, Field(gt=0, le=1e6)]
+Population = Annotated[str, Field(min_length=1, max_length=64, pattern=WORD)]
 
 MIN_EXPECTED_COHORT: float = 1.0
 """Units that a round draws on average at least: with fewer the noise is larger than everything that a cohort can send."""
@@ -134,25 +137,18 @@ class CentralPrivacyConfig(ConfigTable):
         "the whole run, cohorts are drawn in turn and not by coins, nothing is amplified by sampling, and who takes part need not "
         "be secret.",
     )
-    delta: float = Field(
-        gt=0,
-        lt=1,
+    delta: Delta = Field(
         description="Delta of the guarantee; must be below 1 / cohort.size, and better below a tenth of that.",
         examples=[1e-5],
     )
-    max_epsilon: float | None = Field(
+    max_epsilon: Budget | None = Field(
         default=None,
-        gt=0,
-        le=1e6,
         description="Epsilon, at delta, that the population may have spent in all: the run ends before the round that would go "
         "beyond it. Unset: no limit, the run ends after max_rounds.",
         examples=[8.0],
     )
-    population: str = Field(
+    population: Population = Field(
         default="default",
-        min_length=1,
-        max_length=64,
-        pattern=WORD,
         description="Whose data is spent. What runs of the same population spent adds up, at this coordinator; give runs over "
         "clients that have nothing in common another name.",
     )
@@ -189,11 +185,8 @@ class CentralPrivacyConfig(ConfigTable):
         """What the rest of the run does not allow, by field."""
         problems: dict[str, str] = {}
         num_units, rate = self.fewest_units(run.cohort.size), self.sampling_rate
-        if num_units < 1 or self.delta >= 1 / num_units:
-            problems["privacy.delta"] = (
-                f"expected less than 1 / {num_units} units (cohort.size, owners counted once), got {self.delta:g}; such a "
-                "guarantee would allow that one of them is given away whole: lower it, best to a tenth of that"
-            )
+        if problem := _delta_problem(self.delta, num_units, "units (cohort.size, owners counted once)"):
+            problems["privacy.delta"] = problem
         if rate * num_units < MIN_EXPECTED_COHORT:
             problems["privacy.sampling_rate"] = (
                 f"expected at least {MIN_EXPECTED_COHORT:g} in a round on average, got {rate:g} of {num_units} = "
@@ -206,26 +199,19 @@ class SitePrivacyConfig(ConfigTable):
     """What each site does by itself to protect its data. The coordinator passes it on, and keeps no account."""
 
     kind: Mode
-    delta: float = Field(
-        gt=0,
-        lt=1,
+    delta: Delta = Field(
         description='Delta of the guarantee. With kind = "local" it must be below 1 / cohort.size, and better below a tenth of '
         'that; with "examples" a site refuses one that is not below 1 / its number of examples.',
         examples=[1e-5],
     )
-    max_epsilon: float | None = Field(
+    max_epsilon: Budget | None = Field(
         default=None,
-        gt=0,
-        le=1e6,
         description="Epsilon, at delta, that one site may spend on the population in all: it refuses assignments that would go "
         "beyond it, or beyond the max_epsilon of its own settings. Unset: the site's limit alone.",
         examples=[8.0],
     )
-    population: str = Field(
+    population: Population = Field(
         default="default",
-        min_length=1,
-        max_length=64,
-        pattern=WORD,
         description="Whose data is spent: what runs of the same population spent adds up, at each site by itself.",
     )
 
@@ -266,11 +252,8 @@ class LocalPrivacyConfig(SitePrivacyConfig):
     def problems(self, run: RunConfig) -> dict[str, str]:
         """See `SitePrivacyConfig.problems`."""
         problems: dict[str, str] = {}
-        if self.delta >= 1 / run.cohort.size:
-            problems["privacy.delta"] = (
-                f"expected less than 1 / {run.cohort.size} sites (cohort.size), got {self.delta:g}; such a guarantee would allow "
-                "that one of them is given away whole: lower it, best to a tenth of that"
-            )
+        if problem := _delta_problem(self.delta, run.cohort.size, "sites (cohort.size)"):
+            problems["privacy.delta"] = problem
         return problems | super().problems(run)
 
 
@@ -304,6 +287,16 @@ PrivacyConfig: TypeAlias = Annotated[
     Union[NoPrivacyConfig, CentralPrivacyConfig, LocalPrivacyConfig, ExamplePrivacyConfig],  # noqa: UP007
     Field(discriminator="kind"),
 ]
+
+
+def _delta_problem(delta: float, count: int, what: str) -> str:
+    """Why a guarantee for one of so many would be none; empty where it is one."""
+    if count >= 1 and delta < 1 / count:
+        return ""
+    return (
+        f"expected less than 1 / {count} {what}, got {delta:g}; such a guarantee would allow that one of them is given away whole: "
+        "lower it, best to a tenth of that"
+    )
 
 
 @dataclass(frozen=True)
