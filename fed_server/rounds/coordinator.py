@@ -451,7 +451,7 @@ class Coordinator:
         finally:
             for part in (parts.master, parts.model, parts.payload):
                 part.unlink(missing_ok=True)
-        candidates = self._candidates(run)
+        candidates, notices = self._candidates(run), list[str]()
         if isinstance(config.rounds, BufferedConfig):
             notices = [staleness_notice(config.rounds)]
         elif isinstance(config.aggregation, RobustConfig):
@@ -461,9 +461,7 @@ class Coordinator:
             named = config.privacy.population
             charged = await workers.store(lambda tx: tx.charges_of_population(named))
             notices = await workers.compute(privacy_notices, config, config.privacy, charged, record.num_parameters)
-        elif isinstance(config.privacy, SitePrivacyConfig):
-            notices = []
-        else:
+        elif not isinstance(config.privacy, SitePrivacyConfig):
             notices = [
                 f"the mean is exact to {policy.resolution:.1e} of the largest value, with weights up to {policy.max_weight:,}"
             ]

@@ -588,8 +588,7 @@ class LiveRun:
         is_delta = sends_deltas(self.config)
         try:
             with files.disk_errors(f"making version {version}"):
-                notes = await workers.compute(lambda: self._version_notes)
-                made = await workers.compute(making.write_version, aggregate, round.round, notes)
+                made = await workers.compute(lambda: making.write_version(aggregate, round.round, self._version_notes))
                 if is_averaged(self.config):
                     await workers.compute(making.write_average)
                 if isinstance(aggregate, WithVariate):

@@ -222,10 +222,10 @@ class RunsService(runs_pb2_grpc.RunsServicer):
             lambda tx: (tx.models(run_id), tx.broadcasts(run_id), tx.charges(run_id))
         )
         deltas = {b.version: b.num_bytes for b in broadcasts if b.base_version == b.version - 1 >= 0}
-        privacy = parse_run_config(record.config_toml).privacy
 
         def claims() -> list[str]:
             """By version; version 0 is made of nobody's data."""
+            privacy = parse_run_config(record.config_toml).privacy
             if isinstance(privacy, SitePrivacyConfig):
                 plan, num_numbers = privacy.plan(), 2 * record.num_parameters
                 return [sites_claim(plan, m.round, num_numbers) if m.round else "" for m in models]
